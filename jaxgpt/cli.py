@@ -1,0 +1,93 @@
+"""What all commands share: flags from dataclasses, errors as exit codes. Imports no jax, so `--help` is instant."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from jaxgpt.config import PRESETS, TrainConfig
+from jaxgpt.errors import LossNotFinite, UserError
+from jaxgpt.versions import require_sound_jaxlib
+
+Flags = TypeVar("Flags")
+
+
+@dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """The flags of scripts/train.py: a run's configuration, and where to read and write."""
+
+    out_dir: Path | None = None
+    """Run folder (default: runs/<dataset>-<preset>-<time>). A run of the same configuration there is resumed."""
+    data_dir: Path | None = None
+    """Folder to look for datasets in first."""
+    overwrite: bool = False
+    """Start again if --out-dir holds a run."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The part that determines the run's numbers."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+
+
+def parse_train_flags(args: list[str], description: str) -> TrainFlags:
+    """The flags of scripts/train.py, over the defaults of `--preset`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?", default=TrainConfig.preset)
+    preset = first.parse_known_args(args)[0].preset
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset or "", PRESETS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--preset {preset}: unknown preset; choose of {', '.join(PRESETS)}{hint}")
+    default = TrainFlags(**{f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(TrainConfig)})
+    return parse_flags(TrainFlags, args, description, default)
+
+
+def parse_flags(flags: type[Flags], args: list[str], description: str, default: Any = None) -> Flags:
+    """Flags from the fields of a dataclass. Raises `UserError`, one line, for flags that cannot be read."""
+    messages = io.StringIO()
+    kwargs = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(flags, args=args, description=description, **kwargs)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise UserError(_one_line(messages.getvalue())) from None
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's `main` and exits: 2 with one line for what the user can put right, 3 for a loss not finite."""
+    try:
+        require_sound_jaxlib()
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as e:
+        code = _say_error(e, 2)
+    except LossNotFinite as e:
+        code = _say_error(e, 3)
+    except KeyboardInterrupt:
+        code = _say_error("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _say_error(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(box: str) -> str:
+    """The text of tyro's framed message, without its frame."""
+    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines() if not line.startswith("╭")]
+    return " ".join(line for line in lines if line)

@@ -1,0 +1,65 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+QUIET_SECONDS = 20.0  # elsewhere than on a terminal: a line at least this often
+
+
+class Display:
+    """Shows a training run. `line` may be used at any time; `start` .. `close` enclose the bar."""
+
+    def __init__(self):
+        self._bar = None
+        self._last_line = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def start(self, done: int, total: int) -> None:
+        """Begins to show progress at `done` of `total` updates."""
+        self._total = total
+        if not sys.stdout.isatty():
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, status="")
+        self._val_loss = ""
+        self._bar.start()
+
+    def progress(self, done: int, loss: float, tokens_per_s: float) -> None:
+        """The last training loss and the speed after `done` updates."""
+        if self._bar is not None:
+            status = f"loss {loss:.3f}{self._val_loss}  {tokens_per_s:,.0f} tokens/s"
+            self._bar.update(self._task, completed=done, status=status)
+        elif time.monotonic() - self._last_line > QUIET_SECONDS:
+            self.line(f"step {self._padded(done - 1)}  train loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s")
+
+    def report(self, report: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, as the write-ups print it: zero-padded step, three decimals."""
+        self._val_loss = f"  val {report['val_loss']:.3f}"
+        self.line(
+            f"step {self._padded(report['step'])}  train loss {report['train_loss']:.3f}  val loss "
+            f"{report['val_loss']:.3f}  val ppl {report['val_ppl']:.2f}  {report['tokens_per_s']:,.0f} tokens/s"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _padded(self, step: int) -> str:
+        return str(step).zfill(len(str(self._total)))

@@ -1,0 +1,9 @@
+"""The two ways in which a command ends early on purpose, and their exit codes (`cli.run_command` turns them into those)."""
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The message is one sentence that names the flag and the remedy. Exit 2."""
+
+
+class LossNotFinite(ArithmeticError):
+    """Training diverged: a loss or a gradient norm is NaN or infinite. The message names the step. Exit 3."""

@@ -1,0 +1,228 @@
+"""The GPT of the write-ups, in Flax NNX; the only file that knows Flax.
+
+Axes: B batch, T time (queries), S time (keys), N = B*T tokens, C n_embd, H heads, D head size (C = H*D), V vocabulary.
+
+Dtypes: parameters and the residual stream x are float32 (float64 in a float64 model). The matrix products take the
+compute dtype (bfloat16 on accelerators); every change of dtype is a line with a comment "cast". LayerNorm, softmax, GELU
+and logits are computed in the stream's dtype.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.versions import require_sound_jaxlib
+
+require_sound_jaxlib()
+
+AttentionImplementation = Literal["xla", "cudnn"]
+Params = Mapping[str, Array]  # "blocks.0.attn.Wq.kernel" -> array: flat, so that names select, convert and save
+Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] each
+
+weight_init = nnx.initializers.normal(stddev=0.02)
+
+
+def linear_bias_init(fan_in: int) -> Callable[..., Array]:
+    """PyTorch's default for a Linear's bias: uniform in +-1/sqrt(fan_in)."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a model computes; none of it changes the parameters, save `param_dtype`."""
+
+    param_dtype: Any = jnp.float32
+    compute_dtype: Any = jnp.float32
+    attention: AttentionImplementation = "xla"
+
+
+def linear(n_in: int, n_out: int, numerics: Numerics, rngs: nnx.Rngs, use_bias: bool = True, **kwargs: Any):
+    """A Linear with the documented initialisation; its kernel is [n_in, n_out]."""
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=use_bias,
+        kernel_init=weight_init,
+        bias_init=linear_bias_init(n_in),
+        param_dtype=numerics.param_dtype,
+        dtype=numerics.compute_dtype,  # cast: input, kernel and bias to the compute dtype
+        rngs=rngs,
+        **kwargs,
+    )
+
+
+def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm as in PyTorch: eps 1e-5, and the variance in two passes (E[x^2] - E[x]^2 cancels)."""
+    dtype = numerics.param_dtype
+    return nnx.LayerNorm(n_embd, epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def causal_attention(
+    q_BTHD: Array, k_BSHD: Array, v_BSHD: Array, start: Array | int, implementation: AttentionImplementation
+) -> Array:
+    """softmax(q k' / sqrt(D)) v, where the query at time start + t sees the keys at times 0..start + t.
+
+    Returns:
+        [B, T, H, D] in the inputs' dtype.
+    """
+    if implementation == "cudnn":  # bfloat16, and T = S with start 0: `parallel.numerics` chooses it for training only
+        return jax.nn.dot_product_attention(q_BTHD, k_BSHD, v_BSHD, is_causal=True, implementation="cudnn")
+    # Written out rather than jax.nn.dot_product_attention(implementation="xla"): that takes its softmax in float32 even
+    # for float64 inputs, which would end the proof of equality at 1e-7, and it is slower on CPU (docs/benchmarks.md).
+    n_queries, n_keys, head_size = q_BTHD.shape[1], k_BSHD.shape[1], q_BTHD.shape[-1]
+    stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
+    seen_TS = jnp.arange(n_keys) <= start + jnp.arange(n_queries)[:, None]
+    score_BHTS = jnp.where(seen_TS, score_BHTS * head_size**-0.5, -jnp.inf)
+    att_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
+    return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
+
+
+def dropout(x_NC: Array, rate: float, row_key_B: Array | None, site: int) -> Array:
+    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate); the identity without keys.
+
+    Each row of the batch draws from its own key, so the masks do not depend on how rows are spread over devices.
+    `site` tells the places within the model apart.
+    """
+    if row_key_B is None or rate == 0:
+        return x_NC
+    n_rows, width = row_key_B.shape[0], x_NC.shape[-1]
+    shape = (x_NC.shape[0] // n_rows, width)
+    keep_BTC = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, shape))(row_key_B)
+    return jnp.where(keep_BTC.reshape(x_NC.shape), x_NC / (1 - rate), 0)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with separate query, key, value and output projections, each with bias."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
+        self.n_head, self.implementation = config.n_head, numerics.attention
+        n_embd = config.n_embd
+        self.Wq = linear(n_embd, n_embd, numerics, rngs)
+        self.Wk = linear(n_embd, n_embd, numerics, rngs)
+        self.Wv = linear(n_embd, n_embd, numerics, rngs)
+        self.Wo = linear(n_embd, n_embd, numerics, rngs)
+
+    def __call__(self, x_NC: Array, n_rows: int, cache: tuple[Array, Array] | None, start: Array | int):
+        """The branch's output [N, C], and the cache with this call's keys and values written at `start`."""
+        head_size = x_NC.shape[-1] // self.n_head
+        q, k, v = (W(x_NC).reshape(n_rows, -1, self.n_head, head_size) for W in (self.Wq, self.Wk, self.Wv))
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = (k, v)
+        out_BTHD = causal_attention(q, k, v, start, self.implementation)
+        return self.Wo(out_BTHD.reshape(x_NC.shape)), cache
+
+
+class MLP(nnx.Module):
+    """C -> 4C -> C with exact (erf) GELU."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
+        self.fc = linear(config.n_embd, 4 * config.n_embd, numerics, rngs)
+        self.proj = linear(4 * config.n_embd, config.n_embd, numerics, rngs)
+
+    def __call__(self, x_NC: Array) -> Array:
+        hidden_NF = self.fc(x_NC).astype(x_NC.dtype)  # cast: GELU in the stream's dtype
+        return self.proj(jax.nn.gelu(hidden_NF, approximate=False))
+
+
+class Block(nnx.Module):
+    """Pre-norm: x += attn(ln1(x)); x += mlp(ln2(x))."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs, index: int):
+        self.dropout, self.index = config.dropout, index
+        self.ln1 = layer_norm(config.n_embd, numerics, rngs)
+        self.attn = Attention(config, numerics, rngs)
+        self.ln2 = layer_norm(config.n_embd, numerics, rngs)
+        self.mlp = MLP(config, numerics, rngs)
+
+    def __call__(self, x_NC: Array, n_rows: int, row_key_B: Array | None, cache, start: Array | int):
+        branch, cache = self.attn(self.ln1(x_NC), n_rows, cache, start)
+        branch = branch.astype(x_NC.dtype)  # cast: back to the stream's dtype
+        x_NC = x_NC + dropout(branch, self.dropout, row_key_B, 2 * self.index + 1)
+        branch = self.mlp(self.ln2(x_NC)).astype(x_NC.dtype)  # cast: back to the stream's dtype
+        return x_NC + dropout(branch, self.dropout, row_key_B, 2 * self.index + 2), cache
+
+
+class GPT(nnx.Module):
+    """Token and position embeddings, blocks, a final norm, an untied head without bias."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, numerics: Numerics, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        embed = dict(embedding_init=weight_init, param_dtype=numerics.param_dtype, rngs=rngs)
+        self.token_emb = nnx.Embed(vocab_size, config.n_embd, **embed)
+        self.pos_emb = nnx.Embed(config.block_size, config.n_embd, **embed)
+        self.blocks = nnx.List([Block(config, numerics, rngs, index) for index in range(config.n_layer)])
+        self.ln_f = layer_norm(config.n_embd, numerics, rngs)
+        # Operands in the compute dtype, accumulated and returned in the parameters' dtype: logits keep their digits.
+        self.lm_head = linear(
+            config.n_embd, vocab_size, numerics, rngs, use_bias=False, preferred_element_type=numerics.param_dtype
+        )
+
+    def hidden(
+        self, idx_BT: Array, row_key_B: Array | None = None, cache: Cache | None = None, start: Array | int = 0
+    ) -> tuple[Array, Cache | None]:
+        """The final-norm hidden states [B, T, C] of tokens at positions start..start + T - 1.
+
+        Tokens are kept as one axis N between attentions: plain [N, C] matrix products, also in the backward pass, are
+        what makes the step fast on CPU (docs/benchmarks.md).
+
+        Args:
+            idx_BT: token ids; an id outside the vocabulary gives NaN (the host checks text before it comes here).
+            row_key_B: dropout keys, one per row; None for evaluation.
+            cache: keys and values of positions before `start`; None to see only this call's tokens.
+        """
+        n_rows, n_time = idx_BT.shape
+        position_T = start + jnp.arange(n_time, dtype=jnp.int32)
+        x_BTC = self.token_emb(idx_BT) + self.pos_emb(position_T)
+        x_NC = dropout(x_BTC.reshape(n_rows * n_time, -1), self.dropout, row_key_B, 0)
+        new_cache = []
+        for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x_NC, block_cache = block(x_NC, n_rows, row_key_B, block_cache, start)
+            new_cache.append(block_cache)
+        return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
+
+    def __call__(self, idx_BT: Array, row_key_B: Array | None = None) -> Array:
+        """Logits [B, T, V] in the parameters' dtype."""
+        return self.lm_head(self.hidden(idx_BT, row_key_B)[0])
+
+
+def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics):
+    """The graph definition and the parameters' paths, without computing anything."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, vocab_size, numerics, nnx.Rngs(0))))
+    return graphdef, [path for path, _ in nnx.to_flat_state(state)]
+
+
+def init_params(key: Array, config: ModelConfig, vocab_size: int, numerics: Numerics) -> dict[str, Array]:
+    """The initial parameters by dotted name, as documented: N(0, 0.02), PyTorch's bias default, norms 1 and 0."""
+    _, state = nnx.split(GPT(config, vocab_size, numerics, nnx.Rngs(key)))
+    return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def bind(config: ModelConfig, vocab_size: int, numerics: Numerics) -> Callable[[Params], GPT]:
+    """A function that gives the model over given parameters, for use inside jit: split once, merged while tracing."""
+    graphdef, paths = abstract_model(config, vocab_size, numerics)
+
+    def model(params: Params) -> GPT:
+        assert len(params) == len(paths), "parameters of another model"
+        return nnx.merge(graphdef, nnx.from_flat_state([(path, params[_dotted(path)]) for path in paths]))
+
+    return model
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,65 @@
+"""The learning-rate schedule, the decay mask, and the update rule: optax, assembled."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt.config import OptimizerConfig, TrainConfig
+from jaxgpt.model import Params
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of update `step`, counted from 0, in double precision; the one definition of all schedules.
+
+    constant: lr. cosine: min_lr + (lr - min_lr) (1 + cos(pi step / end)) / 2, as torch's CosineAnnealingLR stepped after
+    every update; min_lr after the end. warmup-cosine: lr * step / warmup_steps (0 at step 0), then the cosine from
+    there to the end.
+    """
+    if config.schedule == "constant":
+        return config.lr
+    warmup = config.warmup_steps if config.schedule == "warmup-cosine" else 0
+    if step < warmup:
+        return config.lr * step / warmup
+    if step >= config.cosine_end:
+        return config.min_lr
+    progress = (step - warmup) / (config.cosine_end - warmup)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def optax_schedule(config: TrainConfig) -> optax.Schedule:
+    """`learning_rate` for optax: a table, because a float32 cosine on the device would differ from it."""
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.lr)
+    table = np.array([learning_rate(config, step) for step in range(config.cosine_end + 1)])
+    return lambda count: jnp.asarray(table)[jnp.minimum(count, config.cosine_end)]
+
+
+def decay_mask(params: Params, which: str) -> dict[str, bool]:
+    """Which parameters decay, by name. "all", or "matrices": two and more dimensions and no norm's."""
+    return {
+        name: which == "all" or (p.ndim >= 2 and not any(part.startswith("ln") for part in name.split(".")))
+        for name, p in params.items()
+    }
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm (before all else), then AdamW or SGD as torch.optim defines them."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        _update_rule(config, optax_schedule(config)),
+    )
+
+
+def _update_rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    def mask(params: Params) -> dict[str, bool]:
+        return decay_mask(params, config.decay_mask)
+
+    if config.optimizer == "adamw":
+        return optax.adamw(
+            schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=mask
+        )
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask), optax.sgd(schedule, config.momentum or None)
+    )

@@ -1,0 +1,133 @@
+"""How the pure functions meet devices: `jit` over a mesh, or `pmap`. Nothing else knows devices.
+
+In both, the state is whole on every device and has no device axis, the tokens are whole on every device, and the batch
+is divided: a step computes which rows are its own. What is compiled takes the number of steps as an argument, so one
+program serves every dispatch.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.errors import UserError
+from jaxgpt.model import Numerics
+from jaxgpt.train_step import Program, Shards, TrainState
+
+AXIS = "data"
+
+
+def prepare(config: TrainConfig, cache_dir: Path) -> None:
+    """Process-wide settings, before the first array: float64 if asked for, and the compilation cache."""
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a cache that cannot be written only costs time
+    if os.access(cache_dir, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+
+
+def numerics(config: TrainConfig) -> Numerics:
+    """The dtypes and the attention for this machine's devices."""
+    platform = jax.devices()[0].platform
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if dtype == "float64":
+        return Numerics(jnp.float64, jnp.float64)
+    compute_dtype = jnp.dtype(dtype)
+    head_size = config.model.n_embd // config.model.n_head
+    # cuDNN's flash attention: half precision, and head sizes that are multiples of 8 up to 128.
+    flash = platform == "gpu" and compute_dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
+    return Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
+
+
+def describe_devices() -> str:
+    """The devices for a person: "8 x TFRT_CPU" or the accelerator's name."""
+    devices = jax.local_devices()
+    kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+    return f"{len(devices)} x {kind}" if len(devices) > 1 else kind
+
+
+class Executor:
+    """A configuration's program, compiled for all local devices.
+
+    Raises:
+        UserError: the batch does not divide by the devices.
+    """
+
+    def __init__(self, program: Program, devices: list[Any] | None = None):
+        devices = devices if devices is not None else jax.local_devices()
+        config = program.config
+        if config.batch_size % len(devices):
+            raise UserError(
+                f"--batch-size {config.batch_size}: not divisible by the {len(devices)} devices of this machine; "
+                f"choose a multiple of {len(devices)}"
+            )
+        self.program = program
+        self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+        build = _jit if config.parallel == "jit" else _pmap
+        self._updates = build(program.updates, self.mesh, config.batch_size, donate=True)
+        self._evaluate = build(program.evaluate, self.mesh, config.batch_size, donate=False)
+
+    def put(self, tree: Any) -> Any:
+        """The tree's arrays, whole on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def init_state(self) -> TrainState:
+        """The initial state on the devices, computed in one program (which the compilation cache keeps)."""
+        return self.put(jax.jit(self.program.init_state)())
+
+    def updates(self, state: TrainState, tokens_N: Array, n_steps: int) -> tuple[TrainState, np.ndarray]:
+        """`n_steps` updates; 0 only compiles. Donates the state. Waits, and returns metrics [n_steps, 2] on the host."""
+        state, metrics_K2 = self._updates(state, tokens_N, jnp.int32(n_steps))
+        return state, np.asarray(metrics_K2)[:n_steps]
+
+    def evaluate(self, params: Any, tokens_N: Array, start_JB: np.ndarray, real_JB: np.ndarray) -> tuple[float, int]:
+        """Sum of the loss over all windows, in double precision across batches, and the number of tokens."""
+        sums = [self._evaluate(params, tokens_N, *batch) for batch in zip(start_JB, real_JB, strict=True)]
+        return sum(float(loss) for loss, _ in sums), sum(int(count) for _, count in sums)
+
+
+def _jit(function: Callable, mesh: Mesh, batch_size: int, donate: bool) -> Callable:
+    """One program for all devices; the compiler divides it along the batch and inserts the sums."""
+    by_row, whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+    shards = Shards(rows=lambda x_B: lax.with_sharding_constraint(x_B, by_row), total=lambda tree: tree)
+
+    def program(*args):
+        return function(*args, shards)
+
+    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=whole)
+
+
+def _pmap(function: Callable, mesh: Mesh, batch_size: int, donate: bool) -> Callable:
+    """The same program on each device, told its index; sums are written out as psum."""
+    devices = list(mesh.devices.flat)
+    rows_each = batch_size // len(devices)
+
+    def program(first, rest, index):
+        shards = Shards(
+            rows=lambda x_B: lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each),
+            total=lambda tree: lax.psum(tree, AXIS),
+        )
+        return function(first, *rest, shards)
+
+    mapped = jax.pmap(
+        program,
+        axis_name=AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=0 if donate else (),
+    )
+    index_D = jnp.arange(len(devices), dtype=jnp.int32)
+    return lambda first, *rest: mapped(first, rest, index_D)

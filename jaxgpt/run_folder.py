@@ -1,0 +1,179 @@
+"""A run's folder: what it holds, how it is begun, resumed and opened. Everything in it is JSON, text, PNG or orbax.
+
+config.json, tokenizer.json, data.json, metrics.jsonl, steps.csv, summary.json, sample.txt, learning_curves.png,
+checkpoints/.
+"""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import TrainConfig, flag
+from jaxgpt.datasets import Corpus
+from jaxgpt.errors import UserError
+from jaxgpt.tokenizer import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two processes in one folder are then not noticed
+    fcntl = None
+
+WRITTEN_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "data.json",
+    "metrics.jsonl",
+    "steps.csv",
+    "summary.json",
+    "sample.txt",
+    "learning_curves.png",
+)
+OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), "checkpoints", ".lock"}
+STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk: where it is, its configuration, its tokenizer, and the digest of the text it was trained on."""
+
+    path: Path
+    config: TrainConfig
+    tokenizer: Tokenizer
+    data_sha256: str
+    lock: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The reports so far, a dictionary a line of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def read_steps(self) -> list[tuple[int, float, float, float]]:
+        """Step, train loss, gradient norm and learning rate of every update so far, from steps.csv."""
+        path = self.path / "steps.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as f:
+            rows = list(csv.reader(f))[1:]
+        return [(int(step), float(loss), float(norm), float(lr)) for step, loss, norm, lr in rows]
+
+    def append_metrics(self, report: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(report) + "\n")
+
+    def append_steps(self, rows: list[tuple[int, float, float, float]]) -> None:
+        path = self.path / "steps.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerows([STEP_FIELDS, *rows] if new else rows)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was recorded after `step` updates: a run killed after its last checkpoint does them again.
+
+        A last line cut short by the kill belongs to what is forgotten.
+        """
+        _rewrite_lines(self.path / "metrics.jsonl", lambda line: json.loads(line)["step"] < step)
+        header = ",".join(STEP_FIELDS)
+        _rewrite_lines(self.path / "steps.csv", lambda line: line == header or int(line.split(",")[0]) < step)
+
+
+def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool) -> RunFolder:
+    """Begins a run in a new or empty folder, or opens the run there if it is the same one; this process then holds it.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else, a run of another configuration or data, or one
+            that another process is training.
+    """
+    run = RunFolder(path, config, tokenizer, corpus.sha256)
+    try:
+        begun = (path / "config.json").exists()
+        if begun and not overwrite:
+            _require_same(run)
+        elif not begun and path.is_dir() and {p.name for p in path.iterdir()} - OWN_NAMES:
+            raise UserError(f"--out-dir {path}: holds files that are no run; choose an empty or new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        run = replace(run, lock=_lock(path))
+        if not begun or overwrite:
+            _remove_run(path)
+            tokenizers.save(tokenizer, path / "tokenizer.json")
+            write_json(path / "data.json", {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source})
+            write_json(path / "config.json", configs.to_json(config))  # last: it is what makes the folder a run
+    except OSError as e:
+        raise UserError(f"--out-dir {path}: cannot be written ({e.strerror}); choose a writable folder") from None
+    return run
+
+
+def open_run(path: Path) -> RunFolder:
+    """The run in a folder. Raises `UserError` if there is none."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"RUN {path}: no run here (no config.json); give a folder that scripts/train.py has written")
+    try:
+        config = configs.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        data = json.loads((path / "data.json").read_text(encoding="utf-8"))
+        return RunFolder(path, config, tokenizers.load(path / "tokenizer.json"), data["sha256"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise UserError(f"RUN {path}: not readable as a run ({type(e).__name__}: {e}); give another folder") from None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _require_same(run: RunFolder) -> None:
+    there = open_run(run.path)
+    different = [
+        f"{flag(name)} {old} there, {new} here" for name, old, new in configs.differences(there.config, run.config)
+    ]
+    if not different and there.data_sha256 != run.data_sha256:
+        different = [f"--dataset {run.config.dataset} with another text"]
+    if different:
+        raise UserError(
+            f"--out-dir {run.path}: holds a run of another configuration ({'; '.join(different)}); "
+            "choose another folder, or --overwrite to start again"
+        )
+
+
+def _lock(path: Path) -> Any:
+    """Holds the folder until the process ends or the returned file is closed."""
+    file = (path / ".lock").open("w")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--out-dir {path}: another process is training here; wait for it, or choose another folder"
+            ) from None
+    return file
+
+
+def _remove_run(path: Path) -> None:
+    """Removes what a run writes, config.json first so that an interruption leaves no run that looks whole."""
+    for name in WRITTEN_FILES:
+        (path / name).unlink(missing_ok=True)
+    if (path / "checkpoints").exists():
+        shutil.rmtree(path / "checkpoints")
+
+
+def _rewrite_lines(path: Path, keep: Callable[[str], bool]) -> None:
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and keep(line.rstrip("\r\n"))))

@@ -1,0 +1,132 @@
+"""The training state, and pure functions over it: one update, K updates in one program, the loss of one batch.
+
+Nothing here knows how many devices there are: what a step needs of them comes in as `Shards` from `parallel.py`.
+Axes: B rows of the global batch (of this program's share after `shards.rows`), T time, K steps of one dispatch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jaxgpt import batches
+from jaxgpt.config import TrainConfig
+from jaxgpt.loss import cross_entropy
+from jaxgpt.model import GPT, Numerics, Params, bind, init_params
+from jaxgpt.optimizer import make_optimizer
+
+MAX_STEPS_PER_DISPATCH = 1024  # rows of the buffer that brings a dispatch's metrics back
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Without a device axis; random numbers come from (seed, step), so there is no key."""
+
+    step: Array  # int32 scalar: updates done
+    params: dict[str, Array]
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What one program among several does with a batch: take its rows, and add up over all."""
+
+    rows: Callable[[Array], Array]  # the global batch's rows [B, ...] -> those of this program
+    total: Callable[[Any], Any]  # a tree of sums over this program's rows -> over all rows
+
+
+@dataclass(frozen=True)
+class Program:
+    """The pure functions of one configuration, over a model with `vocab_size` tokens."""
+
+    config: TrainConfig
+    vocab_size: int
+    numerics: Numerics
+
+    @cached_property
+    def model(self) -> Callable[[Params], GPT]:
+        """Parameters -> the model that trains."""
+        return bind(self.config.model, self.vocab_size, self.numerics)
+
+    @cached_property
+    def exact_model(self) -> Callable[[Params], GPT]:
+        """Parameters -> the model for evaluation and generation: all in the parameters' dtype, as documented."""
+        dtype = self.numerics.param_dtype
+        return bind(self.config.model, self.vocab_size, Numerics(dtype, dtype))
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config)
+
+    def init_state(self) -> TrainState:
+        """The state before the first update, a function of the seed."""
+        key = batches.stream_key(self.config.seed, batches.INIT)
+        params = init_params(key, self.config.model, self.vocab_size, self.numerics)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def update(
+        self, state: TrainState, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards
+    ) -> tuple[TrainState, Array]:
+        """One update on one batch.
+
+        Returns:
+            The new state, and [2]: the mean loss before the update, and the gradients' global norm before the clip.
+        """
+
+        def loss_sum(params: Params) -> tuple[Array, Array]:
+            logits_BTV = self.model(params)(idx_BT, row_key_B)
+            return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1))
+
+        (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params)
+        # Sums over all devices first, one division, and only then the clip: it must see the whole batch's gradient.
+        loss, count, grads = shards.total((loss, count, grads))
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = jnp.stack([loss / count, optax.global_norm(grads)])
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def updates(self, state: TrainState, tokens_N: Array, n_steps: Array, shards: Shards) -> tuple[TrainState, Array]:
+        """`n_steps` updates on the batches of (seed, step).
+
+        A loop with a traced bound: what `lax.scan` compiles to, without its fixed length, so that one program serves
+        every number of steps. Within one dispatch the temporary buffers are kept, which halves a step's time on CPU.
+
+        Returns:
+            The new state, and [MAX_STEPS_PER_DISPATCH, 2] of `update`'s metrics, of which the first n_steps rows count.
+        """
+        config = self.config
+        train_key = batches.stream_key(config.seed, batches.TRAIN)
+        dropout_key = batches.stream_key(config.seed, batches.DROPOUT)
+
+        def body(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+            state, metrics_K2 = carry
+            start_B = batches.window_starts(
+                train_key, state.step, tokens_N.size, config.batch_size, config.model.block_size
+            )
+            idx_BT, target_BT = batches.windows(tokens_N, shards.rows(start_B), config.model.block_size)
+            row_key_B = None
+            if config.model.dropout:
+                step_key = jax.random.fold_in(dropout_key, state.step)
+                row_B = shards.rows(jnp.arange(config.batch_size))
+                row_key_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_B)
+            state, metrics = self.update(state, idx_BT, target_BT, row_key_B, shards)
+            return state, metrics_K2.at[k].set(metrics)
+
+        metrics_K2 = jnp.zeros((MAX_STEPS_PER_DISPATCH, 2), self.numerics.param_dtype)
+        return lax.fori_loop(0, n_steps, body, (state, metrics_K2))
+
+    def evaluate(
+        self, params: Params, tokens_N: Array, start_B: Array, real_B: Array, shards: Shards
+    ) -> tuple[Array, Array]:
+        """Sum of the loss over the windows at `start_B`, and their number of tokens; windows not `real_B` count 0."""
+        block_size = self.config.model.block_size
+        idx_BT, target_BT = batches.windows(tokens_N, shards.rows(start_B), block_size)
+        weight_N = jnp.repeat(shards.rows(real_B), block_size)
+        logits_BTV = self.exact_model(params)(idx_BT)
+        sums = cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1), weight_N)
+        return shards.total(sums)

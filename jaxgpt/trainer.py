@@ -1,0 +1,312 @@
+"""The training loop: dispatches of K steps, reports, checkpoints, and what is left in the run folder at the end."""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import batches, checkpoint, parallel, run_folder
+from jaxgpt.config import TrainConfig
+from jaxgpt.console import Display
+from jaxgpt.datasets import Corpus, cache_folder, split_tokens
+from jaxgpt.errors import LossNotFinite, UserError
+from jaxgpt.generate import SamplingConfig, generate
+from jaxgpt.loss import perplexity
+from jaxgpt.optimizer import learning_rate
+from jaxgpt.run_folder import RunFolder
+from jaxgpt.tokenizer import Tokenizer, decode, make_tokenizer
+from jaxgpt.train_step import MAX_STEPS_PER_DISPATCH, Program, TrainState
+from jaxgpt.versions import versions
+
+DISPATCH_SECONDS = 0.25  # long against the cost of a dispatch (about 1 ms), short for a progress bar and Ctrl-C
+DOCUMENTED_PROMPT = "ROMEO:"
+
+
+def train(
+    config: TrainConfig, corpus: Corpus, out_dir: Path | None, overwrite: bool, display: Display, started: float
+) -> int:
+    """Trains a run to its end, or goes on with the one in `out_dir`.
+
+    Args:
+        out_dir: the run folder; None makes a new one under runs/.
+        started: `time.perf_counter()` at the command's start, for the time to the first step.
+
+    Returns:
+        The command's exit code: 0, or 128 + the signal that stopped the run.
+
+    Raises:
+        UserError: before anything is written.
+        LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold states from before it.
+    """
+    tokenizer = make_tokenizer(config.tokenizer, corpus.text)
+    train_tokens, val_tokens = split_tokens(corpus, tokenizer, config.model.block_size)
+    prompt = sample_prompt(config, tokenizer, corpus)
+    parallel.prepare(config, cache_folder() / "xla")
+    executor = parallel.Executor(Program(config, tokenizer.vocab_size, parallel.numerics(config)))
+    run = run_folder.create(out_dir or _new_folder(config), config, tokenizer, corpus, overwrite)
+    if (run.path / "summary.json").exists():
+        display.line(f"{run.path}: finished already; --overwrite starts again")
+        return 0
+    display.line(
+        f"{config.preset} on {corpus.name} ({len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
+        f"vocabulary {tokenizer.vocab_size}) on {parallel.describe_devices()} in "
+        f"{np.dtype(executor.program.numerics.compute_dtype).name}, --parallel {config.parallel}"
+    )
+    display.line(f"run folder: {run.path}")
+    trainer = Trainer(run, executor, train_tokens, val_tokens, display, started)
+    try:
+        with stop_signals() as stop:
+            trainer.train(stop)
+        if stop:
+            display.line(
+                f"stopped after {trainer.done} of {config.steps} steps, all saved; "
+                f"the same command with --out-dir {run.path} goes on"
+            )
+            return 128 + stop[0]
+        trainer.finish(prompt)
+    finally:
+        display.close()
+        trainer.close()
+    return 0
+
+
+class Trainer:
+    """One run in this process, from its last checkpoint (or the seed) to its end."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        executor: parallel.Executor,
+        train_tokens: np.ndarray,
+        val_tokens: np.ndarray,
+        display: Display,
+        started: float,
+    ):
+        self.run, self.config, self.executor, self.display = run, run.config, executor, display
+        vocab_size = run.tokenizer.vocab_size
+        self.train_tokens = executor.put(batches.device_tokens(train_tokens, vocab_size))
+        self.val_tokens = executor.put(batches.device_tokens(val_tokens, vocab_size))
+        self._val_starts = jax.jit(self._validation_starts)
+        self.checkpoints = checkpoint.open_checkpoints(run.checkpoints, self.config.keep_checkpoints)
+        self.state = self._restored_state()
+        self.done = int(self.state.step)  # updates done
+        run.rewind(self.done)
+        reports = run.read_metrics()
+        self.best_val_loss = min((r["val_loss"] for r in reports), default=math.inf)
+        self.tokens_per_s = reports[-1]["tokens_per_s"] if reports else 0.0
+        self.started = started - (reports[-1]["elapsed_s"] if reports else 0.0)
+        self.first_step_s: float | None = None
+        self._process_started = started
+        self._pace = 1  # steps of the next dispatch
+
+    def train(self, stop: list[int]) -> None:
+        """Runs dispatches until the last step, or until `stop` holds a signal; saves before it returns."""
+        config = self.config
+        if self.done < config.steps:
+            self.state, _ = self.executor.updates(self.state, self.train_tokens, 0)  # compiles
+        self.display.start(self.done, config.steps)
+        seconds_all = seconds = 0.0  # in dispatches: of this process, and since the last report
+        done_first = done_reported = self.done
+        while self.done < config.steps and not stop:
+            n_steps = self._next_dispatch()
+            begun = time.perf_counter()
+            self.state, metrics = self.executor.updates(self.state, self.train_tokens, n_steps)
+            elapsed = time.perf_counter() - begun
+            self.first_step_s = self.first_step_s or time.perf_counter() - self._process_started
+            self._pace = max(1, min(MAX_STEPS_PER_DISPATCH, round(DISPATCH_SECONDS * n_steps / elapsed)))
+            seconds, seconds_all = seconds + elapsed, seconds_all + elapsed
+            self._record(metrics)
+            self.tokens_per_s = self._tokens(self.done - done_first) / seconds_all
+            self.display.progress(self.done, float(metrics[-1, 0]), self._tokens(n_steps) / elapsed)
+            val_loss = None
+            if self._is_due(config.eval_every):
+                val_loss = self._report(metrics[-1], self._tokens(self.done - done_reported) / seconds)
+                seconds, done_reported = 0.0, self.done
+            if self._is_due(config.checkpoint_every) or stop or (val_loss or math.inf) < self.best_val_loss:
+                self._save(val_loss)
+            self.best_val_loss = min(self.best_val_loss, val_loss or math.inf)
+        self.display.close()
+        self.checkpoints.wait_until_finished()
+        self._draw()
+
+    def finish(self, prompt: str) -> None:
+        """Whole-split loss, a sample, and the summary: last, as it is what tells that the run is complete."""
+        config, run = self.config, self.run
+        starts = batches.whole_split_starts(self.val_tokens.size, config.batch_size, config.model.block_size)
+        loss, count = self.executor.evaluate(self.state.params, self.val_tokens, *starts)
+        val_loss = loss / count
+        text = sample_text(self.executor.program, self.state, run.tokenizer, prompt)
+        run_folder.write_text(run.path / "sample.txt", text + "\n")
+        device = parallel.describe_devices()
+        summary = {
+            "params": sum(p.size for p in self.state.params.values()),
+            "steps": self.done,
+            "val_loss": val_loss,
+            "val_ppl": perplexity(val_loss),
+            "tokens_per_s": self.tokens_per_s,
+            "first_step_s": self.first_step_s,
+            "wall_s": time.perf_counter() - self.started,
+            "device": device,
+            "dtype": np.dtype(self.executor.program.numerics.compute_dtype).name,
+            "val_tokens": count,
+            "versions": versions(),
+            "data_sha256": run.data_sha256,
+        }
+        run_folder.write_json(run.path / "summary.json", summary)
+        self.display.line(
+            f"whole validation split ({count:,} tokens): loss {val_loss:.4f}  perplexity {perplexity(val_loss):.3f}"
+        )
+        self.display.line(f"--- a sample of {config.sample_tokens} tokens ---\n{text}\n---")
+        self.display.line(
+            f"{summary['params']:,} parameters, {self.done} steps in {summary['wall_s']:.0f} s "
+            f"({self.tokens_per_s:,.0f} tokens/s; first step after {self.first_step_s or 0:.1f} s); all in {run.path}"
+        )
+
+    def close(self) -> None:
+        self.checkpoints.close()
+
+    def _restored_state(self) -> TrainState:
+        """The last checkpoint's state, else the initial one, on the devices."""
+        state = self.executor.init_state()
+        step = checkpoint.pick_step(self.checkpoints, "last")
+        if step is None:
+            return state
+        self.display.line(f"resuming after step {step} of {self.config.steps}")
+        return checkpoint.restore(self.checkpoints, state, step)
+
+    def _next_dispatch(self) -> int:
+        """How many steps to run now: what fits the pace, up to the next report, checkpoint or the end."""
+        config = self.config
+        to_due = min(every - (self.done - 1) % every for every in (config.eval_every, config.checkpoint_every))
+        return min(self._pace, to_due, config.steps - self.done)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the step just done is a multiple of `every`, counted from 0, or the last."""
+        return (self.done - 1) % every == 0 or self.done == self.config.steps
+
+    def _record(self, metrics: np.ndarray) -> None:
+        """Counts and writes down a dispatch's steps. Raises `LossNotFinite` at the first that went wrong."""
+        rows = []
+        for loss, grad_norm in metrics.tolist():
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self.run.append_steps(rows)
+                raise self._not_finite(f"step {self.done}: loss {loss}, gradient norm {grad_norm}")
+            rows.append((self.done, loss, grad_norm, learning_rate(self.config, self.done)))
+            self.done += 1
+        self.run.append_steps(rows)
+
+    def _report(self, metrics: np.ndarray, tokens_per_s: float) -> float:
+        """Evaluates on random validation batches and reports the step just done; returns the validation loss."""
+        loss, grad_norm = metrics.tolist()
+        val_loss = self._validation_loss(self.config.eval_batches)
+        report = {
+            "step": self.done - 1,
+            "train_loss": loss,
+            "val_loss": val_loss,
+            "val_ppl": perplexity(val_loss),
+            "lr": learning_rate(self.config, self.done - 1),
+            "grad_norm": grad_norm,
+            "tokens_per_s": tokens_per_s,
+            "elapsed_s": time.perf_counter() - self.started,
+        }
+        self.run.append_metrics(report)
+        self.display.report(report)
+        return val_loss
+
+    def _validation_starts(self, step: Any) -> Any:
+        config = self.config
+        n_windows = config.eval_batches * config.batch_size
+        key = batches.stream_key(config.seed, batches.VALIDATION)
+        starts = batches.window_starts(key, step, self.val_tokens.size, n_windows, config.model.block_size)
+        return starts.reshape(config.eval_batches, config.batch_size)
+
+    def _validation_loss(self, n_batches: int) -> float:
+        """The mean over random batches, a function of the seed and the step. Raises `LossNotFinite`."""
+        start_JB = np.asarray(self._val_starts(np.int32(self.done - 1)))[:n_batches]
+        loss, count = self.executor.evaluate(
+            self.state.params, self.val_tokens, start_JB, np.ones(start_JB.shape, bool)
+        )
+        if not math.isfinite(loss):
+            raise self._not_finite(f"step {self.done - 1}: validation loss {loss / count} after the update")
+        return loss / count
+
+    def _save(self, val_loss: float | None) -> None:
+        if val_loss is None:
+            self._validation_loss(1)  # an update can overflow after a finite loss: never keep such a state
+        checkpoint.save(self.checkpoints, self.state, val_loss)
+
+    def _not_finite(self, what: str) -> LossNotFinite:
+        self.checkpoints.wait_until_finished()
+        step = checkpoint.pick_step(self.checkpoints, "last")
+        kept = f"the state after {step} steps is kept in {self.run.checkpoints}" if step else "no checkpoint yet"
+        return LossNotFinite(f"{what}; {kept}; try a lower --lr or --clip 1 in another --out-dir")
+
+    def _tokens(self, steps: int) -> int:
+        return steps * self.config.batch_size * self.config.model.block_size
+
+    def _draw(self) -> None:
+        from jaxgpt.report import learning_curves  # imports matplotlib, which the first step need not wait for
+
+        title = f"{self.config.preset} on {self.config.dataset.rsplit('/')[-1]}"
+        learning_curves(self.run.path / "learning_curves.png", title, self.run.read_steps(), self.run.read_metrics())
+
+
+def sample_prompt(config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus) -> str:
+    """What the sample continues. Raises `UserError` if a given `--prompt` has characters outside the vocabulary."""
+    try:
+        tokenizer.encode(config.prompt or DOCUMENTED_PROMPT)
+    except UserError as e:
+        if config.prompt:
+            raise UserError(f"--prompt: {e}") from None
+        return corpus.text[0]
+    return config.prompt or DOCUMENTED_PROMPT
+
+
+def sample_text(program: Program, state: TrainState, tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt and the configured number of tokens after it, sampled at temperature 1 as documented."""
+    config = program.config
+    sampling = SamplingConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
+    ids = generate(program.exact_model, state.params, config.model, tokenizer.encode(prompt), sampling)
+    return prompt + decode(tokenizer, ids)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list that SIGINT or SIGTERM is appended to; a second signal acts as if this were not here."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, _frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """runs/<dataset>-<preset>-<time>, one that is not there yet."""
+    dataset = re.sub(r"[^\w.-]+", "_", Path(config.dataset).stem if "/" in config.dataset else config.dataset)
+    stem = Path("runs") / f"{dataset}-{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1000):
+        path = stem if not number else stem.with_name(f"{stem.name}-{number}")
+        if not os.path.lexists(path):
+            return path
+    raise UserError(f"--out-dir: {stem} and a thousand others exist; name one")
