@@ -9,7 +9,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 # GPU support where an NVIDIA driver answers.
-CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda)
+CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
 help:
@@ -40,12 +40,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	@echo 'installing jaxgpt into $(VENV) (a few minutes the first time)'
-	@$(PIP) -e '.[_$(CUDA)]'
+	@$(PIP) -e '.$(CUDA:%=[%])'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
 	@echo 'installing the test extra with PyTorch into $(VENV)'
-	@$(PIP) -e '.[test$(CUDA)]'
+	@$(PIP) -e '.[test$(CUDA:%=,%)]'
 	@touch $@
 
 clean:

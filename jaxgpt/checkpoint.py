@@ -19,11 +19,12 @@ from jaxgpt.train_step import TrainState
 Manager = ocp.CheckpointManager
 
 
-def open_checkpoints(folder: Path, keep: int = 3) -> Manager:
-    """The checkpoints of a run folder: the latest `keep` are kept, and the one with the lowest validation loss."""
-    logging.getLogger("absl").setLevel(
-        logging.ERROR
-    )  # orbax warns where a checkpoint has no validation loss: on purpose
+def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manager:
+    """The checkpoints of a run folder: the latest `keep` are kept, and the one with the lowest validation loss.
+
+    Without `writes` nothing in the folder is touched, so a run may be evaluated while it trains.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of checkpoints without validation loss: they are meant
 
     def val_loss(metrics: dict[str, float]) -> float:
         return metrics["val_loss"]
@@ -31,7 +32,12 @@ def open_checkpoints(folder: Path, keep: int = 3) -> Manager:
     best = preservation_policy.BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, best_fn=val_loss, best_mode="min", cleanup_tmp_directories=True
+        preservation_policy=policy if writes else None,
+        best_fn=val_loss,
+        best_mode="min",
+        cleanup_tmp_directories=writes,
+        create=writes,
+        read_only=not writes,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -66,6 +66,8 @@ def parse_flags(flags: type[Flags], args: list[str], description: str, default: 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits: 2 with one line for what the user can put right, 3 for a loss not finite."""
+    # XLA's native log warns of compiler flags when it loads from the compilation cache; what fails raises anyway.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         require_sound_jaxlib()
         code = main() or 0

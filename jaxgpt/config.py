@@ -28,6 +28,10 @@ def _require_at_least(minimum: int, config: Any, *names: str, prefix: str = "") 
         _require(value >= minimum, prefix + name, value, f"give a whole number of at least {minimum}")
 
 
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**31, "seed", seed, "give a whole number from 0 to 2147483647")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The GPT's shape. The vocabulary's size is not here: it comes from the run's tokenizer."""
@@ -85,7 +89,8 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Rate at and after the end of the cosine."""
 
-    def __post_init__(self):
+    def check_optimizer(self) -> None:
+        """Raises `UserError` for a value out of its range."""
         for name in ("lr", "eps"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "give a positive number")
@@ -99,8 +104,8 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(OptimizerConfig):
-    """All that determines a run's numbers; saved as its `config.json`."""
+class LoopConfig:
+    """What is trained on, how long, and what is reported."""
 
     preset: Literal["tinygpt", "minigpt"] = "minigpt"
     """The documented loop whose values are the defaults of all other flags."""
@@ -132,14 +137,23 @@ class TrainConfig(OptimizerConfig):
     """How one step spreads over all local devices: a sharded batch in one program, or jax.pmap."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_loop(self) -> None:
+        """Raises `UserError` for a value out of its range."""
         _require_at_least(
             1, self, "steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"
         )
         _require_at_least(1, self, "sample_tokens")
         _require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "give a whole number from 0 to 2147483647")
+        _require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimizerConfig, LoopConfig):
+    """All that determines a run's numbers; saved as its `config.json`."""
+
+    def __post_init__(self):
+        self.check_loop()
+        self.check_optimizer()
         if self.schedule == "warmup-cosine":
             _require(
                 self.warmup_steps < self.cosine_end,
@@ -154,6 +168,29 @@ class TrainConfig(OptimizerConfig):
     def cosine_end(self) -> int:
         """The step at which the cosine reaches `min_lr`."""
         return self.decay_steps or self.steps
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is continued."""
+
+    max_new_tokens: int = 200
+    """Tokens to add to the prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens (0 = all)."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability (1 = all)."""
+    seed: int = 1337
+    """The same seed gives the same text."""
+
+    def __post_init__(self):
+        _require_at_least(1, self, "max_new_tokens")
+        _require_at_least(0, self, "top_k")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 or a positive number")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
+        _require_seed(self.seed)
 
 
 PRESETS = {

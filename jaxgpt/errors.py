@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose, and their exit codes (`cli.run_command` turns them into those)."""
+"""The two ways in which a command ends early on purpose; `cli.run_command` turns them into exit codes."""
 
 
 class UserError(ValueError):

@@ -4,7 +4,6 @@ Axes: T time, V vocabulary, H heads, D head size; the batch is one text.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -13,36 +12,8 @@ import numpy as np
 from jax import Array, lax
 
 from jaxgpt import batches
-from jaxgpt.config import ModelConfig
-from jaxgpt.errors import UserError
+from jaxgpt.config import ModelConfig, SamplingConfig
 from jaxgpt.model import GPT, Cache, Params
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 200
-    """Tokens to add to the prompt."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Only the k most likely tokens (0 = all)."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability (1 = all)."""
-    seed: int = 1337
-    """The same seed gives the same text."""
-
-    def __post_init__(self):
-        for name, ok, remedy in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "give a whole number of at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "give 0 or a positive number"),
-            ("top_k", self.top_k >= 0, "give 0 (all) or a positive whole number"),
-            ("top_p", 0 < self.top_p <= 1, "give a number above 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**31, "give a whole number from 0 to 2147483647"),
-        ):
-            if not ok:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {remedy}")
 
 
 def choose(logits_V: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:

@@ -3,8 +3,8 @@
 Axes: B batch, T time (queries), S time (keys), N = B*T tokens, C n_embd, H heads, D head size (C = H*D), V vocabulary.
 
 Dtypes: parameters and the residual stream x are float32 (float64 in a float64 model). The matrix products take the
-compute dtype (bfloat16 on accelerators); every change of dtype is a line with a comment "cast". LayerNorm, softmax, GELU
-and logits are computed in the stream's dtype.
+compute dtype (bfloat16 on accelerators); every change of dtype is a line with a comment "cast". LayerNorm, softmax,
+GELU and logits are computed in the stream's dtype.
 """
 
 from collections.abc import Callable, Mapping
@@ -208,9 +208,12 @@ def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics):
 
 
 def init_params(key: Array, config: ModelConfig, vocab_size: int, numerics: Numerics) -> dict[str, Array]:
-    """The initial parameters by dotted name, as documented: N(0, 0.02), PyTorch's bias default, norms 1 and 0."""
-    _, state = nnx.split(GPT(config, vocab_size, numerics, nnx.Rngs(key)))
-    return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    """The initial parameters by dotted name, as documented: N(0, 0.02), PyTorch's bias default, norms 1 and 0.
+
+    Drawn in float32 for every dtype, so that a float64 model starts from the same weights.
+    """
+    _, state = nnx.split(GPT(config, vocab_size, Numerics(), nnx.Rngs(key)))
+    return {_dotted(path): variable[...].astype(numerics.param_dtype) for path, variable in nnx.to_flat_state(state)}
 
 
 def bind(config: ModelConfig, vocab_size: int, numerics: Numerics) -> Callable[[Params], GPT]:

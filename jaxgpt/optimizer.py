@@ -13,9 +13,9 @@ from jaxgpt.model import Params
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of update `step`, counted from 0, in double precision; the one definition of all schedules.
 
-    constant: lr. cosine: min_lr + (lr - min_lr) (1 + cos(pi step / end)) / 2, as torch's CosineAnnealingLR stepped after
-    every update; min_lr after the end. warmup-cosine: lr * step / warmup_steps (0 at step 0), then the cosine from
-    there to the end.
+    constant: lr. cosine: min_lr + (lr - min_lr) (1 + cos(pi step / end)) / 2, as torch's CosineAnnealingLR stepped
+    after every update; min_lr after the end. warmup-cosine: lr * step / warmup_steps (0 at step 0), then the cosine
+    from there to the end.
     """
     if config.schedule == "constant":
         return config.lr

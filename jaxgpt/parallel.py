@@ -5,7 +5,9 @@ is divided: a step computes which rows are its own. What is compiled takes the n
 program serves every dispatch.
 """
 
+import contextlib
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,26 +30,26 @@ def prepare(config: TrainConfig, cache_dir: Path) -> None:
     """Process-wide settings, before the first array: float64 if asked for, and the compilation cache."""
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # a cache that cannot be written only costs time
-    if os.access(cache_dir, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+    # Apart for each host: what was compiled for one processor may not run on another that shares the folder.
+    folder = cache_dir / platform.node()
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def numerics(config: TrainConfig) -> Numerics:
     """The dtypes and the attention for this machine's devices."""
-    platform = jax.devices()[0].platform
+    backend = jax.default_backend()
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "float32" if backend == "cpu" else "bfloat16"
     if dtype == "float64":
         return Numerics(jnp.float64, jnp.float64)
     compute_dtype = jnp.dtype(dtype)
     head_size = config.model.n_embd // config.model.n_head
     # cuDNN's flash attention: half precision, and head sizes that are multiples of 8 up to 128.
-    flash = platform == "gpu" and compute_dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
+    flash = backend == "gpu" and compute_dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
     return Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
 
 
@@ -56,6 +58,12 @@ def describe_devices() -> str:
     devices = jax.local_devices()
     kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     return f"{len(devices)} x {kind}" if len(devices) > 1 else kind
+
+
+def on_first_device(tree: Any) -> Any:
+    """Abstract arrays like the tree's, on one device: what a checkpoint is restored to for evaluation."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 class Executor:
@@ -88,7 +96,7 @@ class Executor:
         return self.put(jax.jit(self.program.init_state)())
 
     def updates(self, state: TrainState, tokens_N: Array, n_steps: int) -> tuple[TrainState, np.ndarray]:
-        """`n_steps` updates; 0 only compiles. Donates the state. Waits, and returns metrics [n_steps, 2] on the host."""
+        """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""
         state, metrics_K2 = self._updates(state, tokens_N, jnp.int32(n_steps))
         return state, np.asarray(metrics_K2)[:n_steps]
 

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from jaxgpt import batches, checkpoint, parallel, run_folder
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import SamplingConfig, TrainConfig
 from jaxgpt.console import Display
 from jaxgpt.datasets import Corpus, cache_folder, split_tokens
 from jaxgpt.errors import LossNotFinite, UserError
-from jaxgpt.generate import SamplingConfig, generate
+from jaxgpt.generate import generate
 from jaxgpt.loss import perplexity
 from jaxgpt.optimizer import learning_rate
 from jaxgpt.run_folder import RunFolder

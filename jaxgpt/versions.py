@@ -1,4 +1,4 @@
-"""Which jaxlib may compute, and which versions did (for `summary.json`). Reads package metadata only: imports no jax."""
+"""Which jaxlib may compute, and which versions did (for `summary.json`); from package metadata, without jax."""
 
 import platform
 from importlib import metadata

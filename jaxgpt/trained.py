@@ -1,0 +1,55 @@
+"""A trained run, opened for evaluation and generation."""
+
+from pathlib import Path
+
+import jax
+
+from jaxgpt import batches, checkpoint, parallel, run_folder
+from jaxgpt.datasets import cache_folder, load_corpus, split_tokens
+from jaxgpt.errors import UserError
+from jaxgpt.run_folder import RunFolder
+from jaxgpt.train_step import Program, TrainState
+
+
+def open_trained(path: Path, which: str) -> tuple[RunFolder, Program, TrainState]:
+    """A run, its program, and the state of its "last" or "best" checkpoint.
+
+    Raises:
+        UserError: no run there, or a run without a checkpoint.
+    """
+    run = run_folder.open_run(path)
+    if not run.checkpoints.is_dir():
+        raise UserError(f"RUN {path}: has no checkpoint yet; train it with scripts/train.py --out-dir {path}")
+    parallel.prepare(run.config, cache_folder() / "xla")
+    program = Program(run.config, run.tokenizer.vocab_size, parallel.numerics(run.config))
+    checkpoints = checkpoint.open_checkpoints(run.checkpoints, writes=False)
+    step = checkpoint.pick_step(checkpoints, which)
+    if step is None:
+        raise UserError(f"RUN {path}: has no checkpoint yet; train it with scripts/train.py --out-dir {path}")
+    like = parallel.on_first_device(jax.eval_shape(program.init_state))
+    state = checkpoint.restore(checkpoints, like, step)
+    checkpoints.close()
+    return run, program, state
+
+
+def whole_split_loss(
+    run: RunFolder, program: Program, state: TrainState, split: str, data_dir: Path | None
+) -> tuple[float, int]:
+    """The mean loss over all non-overlapping windows of a split of the run's own data, and its number of tokens.
+
+    Raises:
+        UserError: the data cannot be had, or is not what the run was trained on.
+    """
+    corpus = load_corpus(run.config.dataset, data_dir, print)
+    if corpus.sha256 != run.data_sha256:
+        raise UserError(
+            f"RUN {run.path}: was trained on another text than {corpus.source} (sha256 {run.data_sha256[:12]}..., here "
+            f"{corpus.sha256[:12]}...); bring that text back, or give its folder with --data-dir"
+        )
+    train_tokens, val_tokens = split_tokens(corpus, run.tokenizer, run.config.model.block_size)
+    tokens = train_tokens if split == "train" else val_tokens
+    executor = parallel.Executor(program, devices=jax.local_devices()[:1])
+    starts = batches.whole_split_starts(len(tokens), run.config.batch_size, run.config.model.block_size)
+    tokens_N = executor.put(batches.device_tokens(tokens, run.tokenizer.vocab_size))
+    loss, count = executor.evaluate(state.params, tokens_N, *starts)
+    return loss / count, count

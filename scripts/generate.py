@@ -1,0 +1,45 @@
+"""Continue a prompt with a trained run: python scripts/generate.py RUN --prompt "ROMEO:" """
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jaxgpt.cli import parse_flags, run_command
+from jaxgpt.config import SamplingConfig
+from jaxgpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class GenerateFlags(SamplingConfig):
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Folder of a run."""
+    prompt: str = "ROMEO:"
+    """Text to continue."""
+    checkpoint: Literal["last", "best"] = "last"
+    """The last checkpoint, or the one with the lowest validation loss."""
+
+
+def main() -> None:
+    flags = parse_flags(GenerateFlags, sys.argv[1:], __doc__)
+    if not flags.prompt:
+        raise UserError("--prompt '': empty; give at least one character to continue")
+    from jaxgpt.generate import generate
+    from jaxgpt.trained import open_trained
+
+    run, program, state = open_trained(flags.run, flags.checkpoint)
+    try:
+        prompt = run.tokenizer.encode(flags.prompt)
+    except UserError as e:
+        raise UserError(f"--prompt: {e}") from None
+    print(flags.prompt, end="", flush=True)
+    ids = generate(program.exact_model, state.params, run.config.model, prompt, flags)
+    for text in run.tokenizer.decode_stream(ids):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_command(main)

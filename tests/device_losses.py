@@ -1,0 +1,59 @@
+"""Run by test_parallel.py in a process of its own, on 8 virtual CPU devices: 50 losses in each way to use them.
+
+Prints JSON: {"jit 1": [...], "jit 8": [...], "pmap 8": [...]}. Arguments: dtype, dropout rate.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxgpt import parallel
+from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.train_step import Program
+
+
+def main() -> None:
+    dtype, dropout, cache = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
+    # A clip that bites, so that clipping before the sum over devices would show.
+    config = TrainConfig(
+        batch_size=16,
+        clip=0.5,
+        dtype=dtype,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, dropout=dropout),
+    )
+    parallel.prepare(config, cache)
+    tokens = np.random.default_rng(0).integers(0, 50, 5000).astype(np.uint8)
+    losses = {}
+    for kind, n_devices in (("jit", 1), ("jit", 8), ("pmap", 8)):
+        program = Program(dataclasses.replace(config, parallel=kind), 50, parallel.numerics(config))
+        executor = parallel.Executor(program, jax.devices()[:n_devices])
+        state, tokens_N = executor.init_state(), executor.put(tokens)
+        metrics = []
+        for n_steps in (20, 1, 29):
+            state, rows = executor.updates(state, tokens_N, n_steps)
+            metrics += rows.tolist()
+        loss, count = executor.evaluate(
+            state.params, tokens_N, np.arange(48).reshape(3, 16), np.arange(48).reshape(3, 16) < 40
+        )
+        losses[f"{kind} {n_devices}"] = {
+            "loss": [loss for loss, _ in metrics],
+            "grad_norm": [norm for _, norm in metrics],
+            "whole": loss / count,
+            "count": count,
+            "step": int(state.step),
+            "shapes_have_device_axis": any(
+                p.shape != q.shape
+                for p, q in zip(
+                    jax.tree.leaves(state), jax.tree.leaves(jax.eval_shape(program.init_state)), strict=True
+                )
+            ),
+        }
+    print(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()

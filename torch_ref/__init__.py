@@ -1,0 +1,1 @@
+"""The documented loop in plain PyTorch: the reference that `jaxgpt` is held against. Imports no jax."""
