@@ -13,7 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None]) -> C
         return _pydoc()
     if name.startswith("file:"):
         path = Path(name.removeprefix("file:")).expanduser()
-        return _corpus(f"file:{path.resolve()}", _read(path, name), str(path))
+        return replace(_corpus(name, _read(path, name), str(path)), name=f"file:{path.resolve()}")
     path = _find(name, data_dir, say)
     return _corpus(name, path.read_bytes(), str(path))
 

@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         q, k, v = (W(x_NC).reshape(n_rows, -1, self.n_head, head_size) for W in (self.Wq, self.Wk, self.Wv))
         if cache is not None:
             k, v = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)

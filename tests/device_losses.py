@@ -21,7 +21,7 @@ def main() -> None:
     # A clip that bites, so that clipping before the sum over devices would show.
     config = TrainConfig(
         batch_size=16,
-        clip=0.5,
+        clip=0.1,
         dtype=dtype,
         model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, dropout=dropout),
     )

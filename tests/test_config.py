@@ -1,0 +1,70 @@
+"""Presets hold the documented values; bad values are refused with the flag and the remedy; JSON keeps all."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxgpt.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, differences, from_json, to_json
+from jaxgpt.errors import UserError
+
+
+def test_tinygpt_is_as_documented():
+    c = PRESETS["tinygpt"]
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0)
+    assert (c.batch_size, c.steps, c.lr, c.weight_decay, c.decay_mask) == (32, 500, 3e-4, 0.01, "all")
+    assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 1.0, "constant")
+    assert (c.eval_every, c.eval_batches) == (50, 1)
+
+
+def test_minigpt_is_as_documented():
+    c = PRESETS["minigpt"]
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0)
+    assert (c.batch_size, c.steps, c.lr, c.weight_decay, c.decay_mask) == (32, 5000, 3e-4, 0.01, "all")
+    assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 0.0, "constant")
+    assert (c.eval_every, c.eval_batches) == (500, 10)
+
+
+@pytest.mark.parametrize(
+    "build, flag, remedy",
+    [
+        (lambda: ModelConfig(n_embd=65), "--model.n-embd 65", "multiple of 4"),
+        (lambda: ModelConfig(n_layer=0), "--model.n-layer 0", "at least 1"),
+        (lambda: ModelConfig(block_size=-1), "--model.block-size -1", "at least 1"),
+        (lambda: ModelConfig(dropout=1.0), "--model.dropout 1.0", "probability"),
+        (lambda: TrainConfig(steps=0), "--steps 0", "at least 1"),
+        (lambda: TrainConfig(batch_size=-4), "--batch-size -4", "at least 1"),
+        (lambda: TrainConfig(eval_every=0), "--eval-every 0", "at least 1"),
+        (lambda: TrainConfig(lr=-1.0), "--lr -1.0", "positive"),
+        (lambda: TrainConfig(lr=float("nan")), "--lr nan", "positive"),
+        (lambda: TrainConfig(beta2=1.0), "--beta2 1.0", "not with, 1"),
+        (lambda: TrainConfig(clip=-1.0), "--clip -1.0", "0 or a positive"),
+        (lambda: TrainConfig(seed=-1), "--seed -1", "from 0"),
+        (lambda: TrainConfig(prompt=""), "--prompt", "at least one character"),
+        (lambda: TrainConfig(schedule="warmup-cosine", warmup_steps=5000), "--warmup-steps 5000", "lower it"),
+        (lambda: TrainConfig(schedule="cosine", min_lr=1.0), "--min-lr 1.0", "lower it"),
+        (lambda: SamplingConfig(temperature=-0.1), "--temperature -0.1", "positive"),
+        (lambda: SamplingConfig(top_p=0.0), "--top-p 0.0", "above 0"),
+        (lambda: SamplingConfig(top_k=-1), "--top-k -1", "at least 0"),
+        (lambda: SamplingConfig(max_new_tokens=0), "--max-new-tokens 0", "at least 1"),
+    ],
+)
+def test_bad_values_name_flag_and_remedy(build, flag, remedy):
+    with pytest.raises(UserError) as e:
+        build()
+    assert flag in str(e.value) and remedy in str(e.value)
+
+
+def test_json_round_trip_and_differences():
+    config = dataclasses.replace(PRESETS["tinygpt"], lr=1e-3, model=ModelConfig(n_layer=2))
+    back = from_json(json.loads(json.dumps(to_json(config))))
+    assert back == config and differences(back, config) == []
+    assert differences(config, dataclasses.replace(config, seed=1, model=ModelConfig(n_layer=3))) == [
+        ("seed", 1337, 1),
+        ("model.n_layer", 2, 3),
+    ]
+
+
+def test_json_of_another_version_is_refused():
+    with pytest.raises(UserError, match="colour"):
+        from_json({**to_json(TrainConfig()), "colour": "red"})

@@ -1,0 +1,83 @@
+"""Sampling: greedy, top-k, top-p, temperature, the sliding window, and the command."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import generate, model
+from jaxgpt.config import ModelConfig, SamplingConfig
+from jaxgpt.model import Numerics
+
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=12)
+LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+
+
+def frequencies(temperature=1.0, top_k=4, top_p=1.0, n=20_000):
+    pick = jax.vmap(lambda key: generate.choose(LOGITS, key, temperature, top_k, top_p))
+    return np.bincount(pick(jax.random.split(jax.random.key(0), n)), minlength=4) / n
+
+
+@pytest.mark.parametrize(
+    "kwargs, expected",
+    [
+        ({}, [0.5, 0.25, 0.15, 0.1]),
+        ({"temperature": 0.5}, [0.25, 0.0625, 0.0225, 0.01]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [0.5, 0.25, 0, 0]),
+        ({"top_p": 0.4}, [1, 0, 0, 0]),
+        ({"top_p": 0.51}, [0.5, 0.25, 0, 0]),
+        ({"top_p": 0.8}, [0.5, 0.25, 0.15, 0]),
+        ({"top_k": 3, "top_p": 0.56}, [0.5, 0.25, 0, 0]),  # 0.5 / 0.9 = 0.555...: top_p is of what top_k left
+    ],
+)
+def test_choose_follows_the_distribution(kwargs, expected):
+    expected = np.array(expected) / np.sum(expected)
+    n = 20_000
+    tolerance = 5 * np.sqrt(expected * (1 - expected) / n)  # five standard deviations; none where it must be exact
+    assert (np.abs(frequencies(**kwargs, n=n) - expected) <= tolerance).all()
+
+
+@pytest.fixture(scope="module")
+def bound():
+    params = model.init_params(jax.random.key(0), CONFIG, 11, Numerics())
+    params = jax.tree.map(lambda p: p * 20 if p.ndim == 2 else p, params)  # far from uniform, so that texts differ
+    return model.bind(CONFIG, 11, Numerics()), params
+
+
+def written(bound, prompt, **sampling):
+    return list(generate.generate(*bound, CONFIG, np.array(prompt), SamplingConfig(**sampling)))
+
+
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5], list(range(11)) + [3], [5, 0] * 15])
+def test_greedy_with_cache_equals_the_documented_cropping(bound, prompt):
+    """The documented loop: read the last block of the text anew for each token (padded behind, which nothing sees)."""
+    read = jax.jit(lambda idx_T: bound[0](bound[1])(idx_T[None])[0])
+    text = list(prompt)
+    for _ in range(30):
+        window = text[-CONFIG.block_size :]
+        logits_TV = read(np.array(window + [0] * (CONFIG.block_size - len(window))))
+        text.append(int(logits_TV[len(window) - 1].argmax()))
+    got = written(bound, prompt, max_new_tokens=30, temperature=0.0)
+    assert got == text[len(prompt) :] and len(set(got)) > 1
+
+
+def test_seeds(bound):
+    a, b, c = (written(bound, [3], max_new_tokens=40, seed=s) for s in (0, 0, 1))
+    assert a == b != c and all(0 <= i < 11 for i in a)
+
+
+def test_the_command_writes_the_sample_of_training(command, trained, text):
+    sample = (trained / "sample.txt").read_text()
+    done = command("generate.py", trained, "--prompt", sample[0], "--max-new-tokens=20")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == sample
+
+
+def test_the_command_past_the_block_and_options(command, trained, text):
+    args = ["--prompt", text[:40], "--max-new-tokens=50", "--temperature=0.7", "--top-k=5", "--top-p=0.9", "--seed=3"]
+    done = command("generate.py", trained, *args, "--checkpoint=best")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(text[:40]) and len(done.stdout) == 40 + 50 + 1
+    assert done.stderr == ""

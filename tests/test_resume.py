@@ -1,0 +1,138 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: weights, optimiser state, and what was recorded."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, read_state
+
+STEPS = 400
+
+
+def flags(text_file, out, *more):
+    return ["--dataset", f"file:{text_file}", "--steps", str(STEPS), "--out-dir", str(out), *SMALL, *more]
+
+
+def recorded(out):
+    """All that a run wrote down, times apart."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for m in metrics:
+        del m["tokens_per_s"], m["elapsed_s"]
+    summary = json.loads((out / "summary.json").read_text())
+    numbers = {k: summary[k] for k in ("params", "steps", "val_loss", "val_ppl", "val_tokens")}
+    return metrics, (out / "steps.csv").read_text(), numbers, (out / "sample.txt").read_text()
+
+
+@pytest.fixture(scope="module", params=["jit", "pmap"])
+def uninterrupted(request, command, text_file, tmp_path_factory):
+    """A run left alone, and the flags that make it. With dropout, so that its random numbers are compared as well."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    more = ["--model.dropout=0.1", f"--parallel={request.param}"]
+    done = command("train.py", *flags(text_file, out, *more))
+    assert done.returncode == 0, done.stderr
+    return out, more
+
+
+def assert_same(out, whole):
+    assert recorded(out) == recorded(whole)
+    ours, theirs = read_state(out, STEPS), read_state(whole, STEPS)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def train_and_stop(user_env, line, out, how, after):
+    """Starts the command, sends it a signal once `after` steps are recorded, and returns its exit code and output."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/train.py"), *line],
+        env={**os.environ, **user_env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = out / "steps.csv"
+        if steps.exists() and steps.read_bytes().count(b"\n") > after:
+            process.send_signal(how)
+            break
+        time.sleep(0.005)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_and_resumed(user_env, command, text_file, tmp_path, uninterrupted, seed):
+    whole, more = uninterrupted
+    draw = random.Random(seed)
+    out = tmp_path / "run"
+    line = flags(text_file, out, *more)
+    interruptions = 0
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
+    draw.shuffle(signals)
+    after = 0
+    for how in signals:
+        after += draw.randint(5, 110)
+        code, output = train_and_stop(user_env, line, out, how, after)
+        assert "Traceback" not in output, output
+        if code == 0:
+            break  # it was done before the signal came
+        interruptions += 1
+        assert code == (-9 if how == signal.SIGKILL else 128 + how), output
+        if how != signal.SIGKILL:
+            assert "all saved" in output and str(out) in output
+            done = int(output.split("stopped after ")[1].split()[0])
+            assert (out / "checkpoints" / str(done)).is_dir()
+            assert (out / "steps.csv").read_text().count("\n") == done + 1
+    assert interruptions >= 1
+    done = command("train.py", *line)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stdout
+    assert_same(out, whole)
+
+
+def test_a_line_cut_short_by_the_kill_is_forgotten(user_env, command, text_file, tmp_path, uninterrupted):
+    whole, more = uninterrupted
+    out = tmp_path / "run"
+    line = flags(text_file, out, *more)
+    code, _ = train_and_stop(user_env, line, out, signal.SIGKILL, 30)
+    assert code == -9
+    with (out / "steps.csv").open("a") as f:
+        f.write("1")
+    with (out / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 1')
+    (out / "summary.json.partial").write_text("{")
+    assert command("train.py", *line).returncode == 0
+    assert_same(out, whole)
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(command, text_file, tmp_path, uninterrupted):
+    import shutil
+
+    whole, more = uninterrupted
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "summary.json").unlink()
+    (out / "sample.txt").unlink()
+    done = command("train.py", *flags(text_file, out, *more))
+    assert done.returncode == 0, done.stderr
+    assert_same(out, whole)
+
+
+def test_two_processes_in_one_folder_are_refused(user_env, command, text_file, tmp_path):
+    import fcntl
+
+    out = tmp_path / "run"
+    out.mkdir()
+    with (out / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = command("train.py", *flags(text_file, out))
+    assert done.returncode == 2 and "another process" in done.stderr
+    assert [p.name for p in out.iterdir()] == [".lock"]
