@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -51,14 +50,13 @@ def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
 
 
 def restore(manager: Manager, like: TrainState, step: int) -> TrainState:
-    """The state of a step, with the shapes, dtypes and devices of `like` (arrays or abstract arrays).
+    """The state of a step, with the shapes, dtypes and devices of `like`, a state of abstract arrays.
 
     Raises:
         UserError: no such checkpoint, or it cannot be read.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
     try:
-        return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+        return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(like._asdict())))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{manager.directory}/{step}: the checkpoint cannot be read ({str(e).splitlines()[0][:200]}); remove this "

@@ -36,6 +36,8 @@ def prepare(config: TrainConfig, cache_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            # Small programs too: thirty of them draw the initial weights, a second in all.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def numerics(config: TrainConfig) -> Numerics:
@@ -60,10 +62,9 @@ def describe_devices() -> str:
     return f"{len(devices)} x {kind}" if len(devices) > 1 else kind
 
 
-def on_first_device(tree: Any) -> Any:
-    """Abstract arrays like the tree's, on one device: what a checkpoint is restored to for evaluation."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def one_device() -> list[Any]:
+    """The first local device alone: enough for evaluation and generation, and any batch divides by it."""
+    return jax.local_devices()[:1]
 
 
 class Executor:
@@ -92,8 +93,14 @@ class Executor:
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def init_state(self) -> TrainState:
-        """The initial state on the devices, computed in one program (which the compilation cache keeps)."""
-        return self.put(jax.jit(self.program.init_state)())
+        """The initial state on the devices. Not in one jit: compiling so many random draws together takes seconds."""
+        return self.put(self.program.init_state())
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        shapes = jax.eval_shape(self.program.init_state)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
     def updates(self, state: TrainState, tokens_N: Array, n_steps: int) -> tuple[TrainState, np.ndarray]:
         """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""

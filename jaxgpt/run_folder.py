@@ -78,6 +78,13 @@ class RunFolder:
             writer = csv.writer(f, lineterminator="\n")
             writer.writerows([STEP_FIELDS, *rows] if new else rows)
 
+    def flush(self) -> None:
+        """Has the records on the disk itself, before a checkpoint that counts on them."""
+        for name in ("metrics.jsonl", "steps.csv"):
+            if (self.path / name).exists():
+                with (self.path / name).open("a") as f:
+                    os.fsync(f.fileno())
+
     def rewind(self, step: int) -> None:
         """Forgets what was recorded after `step` updates: a run killed after its last checkpoint does them again.
 
@@ -134,7 +141,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8", newline="") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(partial, path)
 
 

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import jax
-
 from jaxgpt import batches, checkpoint, parallel, run_folder
 from jaxgpt.datasets import cache_folder, load_corpus, split_tokens
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import Executor
 from jaxgpt.run_folder import RunFolder
 from jaxgpt.train_step import Program, TrainState
 
 
-def open_trained(path: Path, which: str) -> tuple[RunFolder, Program, TrainState]:
-    """A run, its program, and the state of its "last" or "best" checkpoint.
+def open_trained(path: Path, which: str) -> tuple[RunFolder, Executor, TrainState]:
+    """A run, its program on one device, and the state of its "last" or "best" checkpoint.
 
     Raises:
         UserError: no run there, or a run without a checkpoint.
@@ -22,18 +21,18 @@ def open_trained(path: Path, which: str) -> tuple[RunFolder, Program, TrainState
         raise UserError(f"RUN {path}: has no checkpoint yet; train it with scripts/train.py --out-dir {path}")
     parallel.prepare(run.config, cache_folder() / "xla")
     program = Program(run.config, run.tokenizer.vocab_size, parallel.numerics(run.config))
+    executor = Executor(program, parallel.one_device())
     checkpoints = checkpoint.open_checkpoints(run.checkpoints, writes=False)
     step = checkpoint.pick_step(checkpoints, which)
     if step is None:
         raise UserError(f"RUN {path}: has no checkpoint yet; train it with scripts/train.py --out-dir {path}")
-    like = parallel.on_first_device(jax.eval_shape(program.init_state))
-    state = checkpoint.restore(checkpoints, like, step)
+    state = checkpoint.restore(checkpoints, executor.abstract_state(), step)
     checkpoints.close()
-    return run, program, state
+    return run, executor, state
 
 
 def whole_split_loss(
-    run: RunFolder, program: Program, state: TrainState, split: str, data_dir: Path | None
+    run: RunFolder, executor: Executor, state: TrainState, split: str, data_dir: Path | None
 ) -> tuple[float, int]:
     """The mean loss over all non-overlapping windows of a split of the run's own data, and its number of tokens.
 
@@ -48,7 +47,6 @@ def whole_split_loss(
         )
     train_tokens, val_tokens = split_tokens(corpus, run.tokenizer, run.config.model.block_size)
     tokens = train_tokens if split == "train" else val_tokens
-    executor = parallel.Executor(program, devices=jax.local_devices()[:1])
     starts = batches.whole_split_starts(len(tokens), run.config.batch_size, run.config.model.block_size)
     tokens_N = executor.put(batches.device_tokens(tokens, run.tokenizer.vocab_size))
     loss, count = executor.evaluate(state.params, tokens_N, *starts)

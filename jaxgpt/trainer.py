@@ -127,13 +127,15 @@ class Trainer:
             self._record(metrics)
             self.tokens_per_s = self._tokens(self.done - done_first) / seconds_all
             self.display.progress(self.done, float(metrics[-1, 0]), self._tokens(n_steps) / elapsed)
-            val_loss = None
+            val_loss = math.inf
             if self._is_due(config.eval_every):
                 val_loss = self._report(metrics[-1], self._tokens(self.done - done_reported) / seconds)
                 seconds, done_reported = 0.0, self.done
-            if self._is_due(config.checkpoint_every) or stop or (val_loss or math.inf) < self.best_val_loss:
+            if self._is_due(config.checkpoint_every) or val_loss < self.best_val_loss:
                 self._save(val_loss)
-            self.best_val_loss = min(self.best_val_loss, val_loss or math.inf)
+            self.best_val_loss = min(self.best_val_loss, val_loss)
+        if stop and self.done > done_first:
+            self._save()
         self.display.close()
         self.checkpoints.wait_until_finished()
         self._draw()
@@ -176,12 +178,11 @@ class Trainer:
 
     def _restored_state(self) -> TrainState:
         """The last checkpoint's state, else the initial one, on the devices."""
-        state = self.executor.init_state()
         step = checkpoint.pick_step(self.checkpoints, "last")
         if step is None:
-            return state
-        self.display.line(f"resuming after step {step} of {self.config.steps}")
-        return checkpoint.restore(self.checkpoints, state, step)
+            return self.executor.init_state()
+        self.display.line(f"resuming after {step} of {self.config.steps} steps")
+        return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step)
 
     def _next_dispatch(self) -> int:
         """How many steps to run now: what fits the pace, up to the next report, checkpoint or the end."""
@@ -239,10 +240,12 @@ class Trainer:
             raise self._not_finite(f"step {self.done - 1}: validation loss {loss / count} after the update")
         return loss / count
 
-    def _save(self, val_loss: float | None) -> None:
-        if val_loss is None:
+    def _save(self, val_loss: float = math.inf) -> None:
+        """Keeps the state, with its validation loss if it was just measured."""
+        if val_loss == math.inf:
             self._validation_loss(1)  # an update can overflow after a finite loss: never keep such a state
-        checkpoint.save(self.checkpoints, self.state, val_loss)
+        self.run.flush()
+        checkpoint.save(self.checkpoints, self.state, val_loss if val_loss < math.inf else None)
 
     def _not_finite(self, what: str) -> LossNotFinite:
         self.checkpoints.wait_until_finished()

@@ -30,8 +30,8 @@ def main() -> None:
     from jaxgpt.loss import perplexity
     from jaxgpt.trained import open_trained, whole_split_loss
 
-    run, program, state = open_trained(flags.run, flags.checkpoint)
-    loss, tokens = whole_split_loss(run, program, state, flags.split, flags.data_dir)
+    run, executor, state = open_trained(flags.run, flags.checkpoint)
+    loss, tokens = whole_split_loss(run, executor, state, flags.split, flags.data_dir)
     if flags.json:
         print(json.dumps({"loss": loss, "ppl": perplexity(loss), "tokens": tokens}))
     else:

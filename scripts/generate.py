@@ -29,13 +29,13 @@ def main() -> None:
     from jaxgpt.generate import generate
     from jaxgpt.trained import open_trained
 
-    run, program, state = open_trained(flags.run, flags.checkpoint)
+    run, executor, state = open_trained(flags.run, flags.checkpoint)
     try:
         prompt = run.tokenizer.encode(flags.prompt)
     except UserError as e:
         raise UserError(f"--prompt: {e}") from None
     print(flags.prompt, end="", flush=True)
-    ids = generate(program.exact_model, state.params, run.config.model, prompt, flags)
+    ids = generate(executor.program.exact_model, state.params, run.config.model, prompt, flags)
     for text in run.tokenizer.decode_stream(ids):
         print(text, end="", flush=True)
     print()
