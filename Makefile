@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help train test env bench lint clean
 SHELL := /bin/sh
+.DELETE_ON_ERROR:
 
 VENV ?= .venv
 ARGS ?=
@@ -36,7 +37,7 @@ lint: $(VENV)/.test
 $(VENV)/bin/python:
 	@test -n '$(PYTHON)' || { echo 'error: no working Python 3.11 or newer with venv; install one, or make PYTHON=/path/to/python3' >&2; exit 2; }
 	@echo 'creating $(VENV) with $(PYTHON)'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/.core: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	@echo 'installing jaxgpt into $(VENV) (a few minutes the first time)'

@@ -1,11 +1,13 @@
-"""Checkpoints: orbax behind four functions.
+"""Checkpoints: orbax behind a few functions.
 
 A checkpoint is a `TrainState`, named by the number of updates done. It knows nothing of devices: it can be restored on
 any number of them. Saving goes on in the background; a checkpoint appears under its name only once it is complete, so a
 killed process leaves none half-written.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +40,53 @@ def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manage
         create=writes,
         read_only=not writes,
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    with _told(folder, "cannot be read", "remove the folder of the damaged step, whose files are empty or cut short"):
+        return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
-    """Starts to save the state under its step; a step that is there already stays as it is."""
+    """Starts to save the state under its step; a step that is there already stays as it is.
+
+    Raises:
+        UserError: this or the save before it could not be written.
+    """
     step = int(state.step)
-    if step not in manager.all_steps():
-        metrics = None if val_loss is None else {"val_loss": val_loss}
-        manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
+    metrics = None if val_loss is None else {"val_loss": val_loss}
+    with _told(manager.directory, "could not be written", "make room there and start again: it goes on"):
+        if step not in manager.all_steps():
+            manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
 
 
-def restore(manager: Manager, like: TrainState, step: int) -> TrainState:
+def wait(manager: Manager) -> None:
+    """Returns when all saves are complete. Raises `UserError` if one could not be written."""
+    with _told(manager.directory, "could not be written", "make room there and start again: it goes on"):
+        manager.wait_until_finished()
+
+
+def restore(manager: Manager, like: TrainState, step: int, remedy: str) -> TrainState:
     """The state of a step, with the shapes, dtypes and devices of `like`, a state of abstract arrays.
+
+    Args:
+        remedy: what the user is told to do if the checkpoint cannot be read.
 
     Raises:
         UserError: no such checkpoint, or it cannot be read.
     """
-    try:
+    with _told(manager.directory / str(step), "cannot be read", remedy):
         return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(like._asdict())))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{manager.directory}/{step}: the checkpoint cannot be read ({str(e).splitlines()[0][:200]}); remove this "
-            "folder to go on from the one before it"
-        ) from e
 
 
 def pick_step(manager: Manager, which: str) -> int | None:
-    """The step of the "last" or "best" checkpoint, None where there is none. A run without metrics has no best but its
-    last."""
-    steps: Any = manager.latest_step()
-    return steps if which == "last" or manager.best_step() is None else manager.best_step()
+    """The step of the "last" or "best" checkpoint, None where there is none. Where none was evaluated, best is last."""
+    best = manager.best_step() if which == "best" else None
+    return manager.latest_step() if best is None else best
+
+
+@contextlib.contextmanager
+def _told(path: Any, what: str, remedy: str) -> Iterator[None]:
+    """Turns what orbax and tensorstore raise, which has no common base class, into one line."""
+    try:
+        yield
+    except Exception as e:
+        reason = (str(e).splitlines() or [""])[0][:160]
+        raise UserError(f"{path}: the checkpoint {what} ({type(e).__name__}: {reason}); {remedy}") from e

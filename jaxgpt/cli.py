@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,8 +67,10 @@ def parse_flags(flags: type[Flags], args: list[str], description: str, default: 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits: 2 with one line for what the user can put right, 3 for a loss not finite."""
-    # XLA's native log warns of compiler flags when it loads from the compilation cache; what fails raises anyway.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a text's characters may be unknown to this terminal
     try:
         require_sound_jaxlib()
         code = main() or 0
@@ -77,7 +80,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except LossNotFinite as e:
         code = _say_error(e, 3)
     except KeyboardInterrupt:
-        code = _say_error("interrupted", 130)
+        _say_error("interrupted", 130)
+        os._exit(130)  # asked for twice, or before anything was begun: do not wait for threads
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -90,6 +94,7 @@ def _say_error(message: object, code: int) -> int:
 
 
 def _one_line(box: str) -> str:
-    """The text of tyro's framed message, without its frame."""
-    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines() if not line.startswith("╭")]
-    return " ".join(line for line in lines if line)
+    """The text of tyro's framed message, without its frame, its title and its colours."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    return re.sub(r" For full helptext, (see|run) .*$", "", " ".join(line for line in lines if line))

@@ -28,6 +28,13 @@ def _require_at_least(minimum: int, config: Any, *names: str, prefix: str = "") 
         _require(value >= minimum, prefix + name, value, f"give a whole number of at least {minimum}")
 
 
+def _require_at_most(maximum: int, config: Any, *names: str, prefix: str = "") -> None:
+    """For sizes beyond any machine, which would end without memory and without a word."""
+    for name in names:
+        value = getattr(config, name)
+        _require(value <= maximum, prefix + name, value, f"give at most {maximum}")
+
+
 def _require_seed(seed: int) -> None:
     _require(0 <= seed < 2**31, "seed", seed, "give a whole number from 0 to 2147483647")
 
@@ -49,6 +56,9 @@ class ModelConfig:
 
     def __post_init__(self):
         _require_at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", prefix="model.")
+        _require_at_most(10**3, self, "n_layer", prefix="model.")
+        _require_at_most(10**5, self, "n_embd", prefix="model.")
+        _require_at_most(10**6, self, "block_size", prefix="model.")
         _require(
             self.n_embd % self.n_head == 0,
             "model.n_embd",
@@ -74,8 +84,8 @@ class OptimizerConfig:
     """adamw: added outside the square root."""
     momentum: float = 0.0
     """sgd: momentum (0 = none)."""
-    weight_decay: float = 0.01
-    """adamw: decoupled decay, times the learning rate. sgd: added to the gradient (the write-up's SGD has 0)."""
+    weight_decay: float | None = None
+    """adamw: decoupled, times the rate. sgd: added to the gradient. Default: torch.optim's, 0.01 and 0."""
     decay_mask: Literal["all", "matrices"] = "all"
     """Which parameters decay: all, or only those of two and more dimensions that are no norm's."""
     clip: float = 0.0
@@ -99,8 +109,26 @@ class OptimizerConfig:
             _require(0 <= value < 1, name, value, "give a number from 0 up to, not with, 1")
         for name in ("weight_decay", "clip", "min_lr"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, name, value, "give 0 or a positive number")
+            _require(value is None or 0 <= value < math.inf, name, value, "give 0 or a positive number")
         _require_at_least(0, self, "warmup_steps", "decay_steps")
+        # A value that would be ignored is a mistake that nobody would notice.
+        for name, needed, ignored in (
+            ("warmup_steps", "--schedule warmup-cosine", self.schedule != "warmup-cosine"),
+            ("decay_steps", "--schedule cosine or warmup-cosine", self.schedule == "constant"),
+            ("min_lr", "--schedule cosine or warmup-cosine", self.schedule == "constant"),
+            ("momentum", "--optimizer sgd", self.optimizer != "sgd"),
+        ):
+            value = getattr(self, name)
+            _require(
+                not (value and ignored), name, value, f"has an effect only with {needed}; add that, or leave it out"
+            )
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in force."""
+        if self.weight_decay is None:
+            return 0.01 if self.optimizer == "adamw" else 0.0
+        return self.weight_decay
 
 
 @dataclass(frozen=True)
@@ -143,6 +171,8 @@ class LoopConfig:
             1, self, "steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"
         )
         _require_at_least(1, self, "sample_tokens")
+        _require_at_most(10**6, self, "batch_size", "sample_tokens")
+        _require_at_most(10**4, self, "eval_batches")
         _require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
         _require_seed(self.seed)
 
@@ -163,6 +193,8 @@ class TrainConfig(OptimizerConfig, LoopConfig):
             )
         if self.schedule != "constant":
             _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
+            # The rates are a table that goes into the compiled program.
+            _require(self.steps <= 10**7, "steps", self.steps, "with a schedule, give at most 10000000")
 
     @property
     def cosine_end(self) -> int:
@@ -177,7 +209,7 @@ class SamplingConfig:
     max_new_tokens: int = 200
     """Tokens to add to the prompt."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 (anything below 1e-6) takes the most likely token."""
     top_k: int = 0
     """Only the k most likely tokens (0 = all)."""
     top_p: float = 1.0

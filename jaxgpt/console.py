@@ -51,6 +51,8 @@ class Display:
     def report(self, report: dict[str, Any]) -> None:
         """A line of metrics.jsonl, as the write-ups print it: zero-padded step, three decimals."""
         self._val_loss = f"  val {report['val_loss']:.3f}"
+        if self._bar is not None:
+            self.progress(report["step"] + 1, report["train_loss"], report["tokens_per_s"])
         self.line(
             f"step {self._padded(report['step'])}  train loss {report['train_loss']:.3f}  val loss "
             f"{report['val_loss']:.3f}  val ppl {report['val_ppl']:.2f}  {report['tokens_per_s']:,.0f} tokens/s"

@@ -70,7 +70,9 @@ def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None]) ->
         UserError: an unknown name, or no dataset of the list can be had.
     """
     # A path may itself hold a comma: a single existing file wins over reading the name as a list.
-    whole_is_file = spec.startswith("file:") and Path(spec.removeprefix("file:")).expanduser().is_file()
+    if data_dir is not None and not _is(Path.is_dir, data_dir):
+        raise UserError(f"--data-dir {data_dir}: no such folder; create it or leave the flag out")
+    whole_is_file = spec.startswith("file:") and _is(Path.is_file, _path_of(spec))
     names = [spec] if whole_is_file else [name.strip() for name in spec.split(",")]
     for name in names:
         if name not in REMOTES and name != "pydoc" and not name.startswith("file:"):
@@ -105,17 +107,37 @@ def split_tokens(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> tuple
 def cache_folder() -> Path:
     """The user's cache folder of this project."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxgpt"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "jaxgpt"
+    except RuntimeError:  # neither HOME nor an entry for this user
+        return Path(tempfile.gettempdir()) / f"jaxgpt-{os.getuid()}"
+
+
+def _path_of(name: str) -> Path:
+    """The path of a `file:PATH`."""
+    path = Path(name.removeprefix("file:"))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        return path
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """Path.is_file or Path.is_dir, False also where the path cannot be looked at."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None]) -> Corpus:
     if name == "pydoc":
         return _pydoc()
     if name.startswith("file:"):
-        path = Path(name.removeprefix("file:")).expanduser()
+        path = _path_of(name)
         return replace(_corpus(name, _read(path, name), str(path)), name=f"file:{path.resolve()}")
     path = _find(name, data_dir, say)
-    return _corpus(name, path.read_bytes(), str(path))
+    return _corpus(name, path.read_bytes(), os.path.abspath(path))
 
 
 def _corpus(name: str, data: bytes, source: str) -> Corpus:
@@ -132,8 +154,10 @@ def _corpus(name: str, data: bytes, source: str) -> Corpus:
 
 def _read(path: Path, name: str) -> bytes:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"--dataset {name}: a pipe or a device; give a regular file")
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # the latter: a name with a NUL
         raise NotAvailable(f"--dataset {name}: no such file; check the path") from None
     except OSError as e:
         raise UserError(f"--dataset {name}: cannot be read ({e.strerror}); give a readable text file") from None
@@ -150,8 +174,6 @@ def _pydoc() -> Corpus:
 
 def _folders(data_dir: Path | None) -> list[Path]:
     """Where data is looked for, in order; the cache last."""
-    if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder; create it or leave the flag out")
     from_env = os.environ.get("JAXGPT_DATA_DIR")
     folders = [data_dir, Path(from_env) if from_env else None]
     # Beside the working folder, and beside the checkout, so that a script works from any folder.
@@ -166,7 +188,7 @@ def _find(name: str, data_dir: Path | None, say: Callable[[str], None]) -> Path:
     folders = _folders(data_dir)
     for folder in folders:
         path = folder / remote.file
-        if not path.is_file():
+        if not _is(Path.is_file, path):
             continue
         digest = hashlib.sha256(_read(path, name)).hexdigest()
         if digest == remote.sha256:

@@ -1,7 +1,7 @@
 """The two ways in which a command ends early on purpose; `cli.run_command` turns them into exit codes."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something that the user can put right. The message is one sentence that names the flag and the remedy. Exit 2."""
 
 

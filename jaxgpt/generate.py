@@ -25,13 +25,14 @@ def choose(logits_V: Array, key: Array, temperature: Array, top_k: Array, top_p:
         logits_V: [V]; temperature, top_k (V for all), top_p: scalars.
     """
     greedy = jnp.argmax(logits_V)
-    logits_V = logits_V / jnp.where(temperature == 0, 1, temperature)
+    # From the maximum down, so that a small temperature overflows only to -inf.
+    logits_V = (logits_V - logits_V.max()) / jnp.where(temperature == 0, 1, temperature)
     sorted_V = jnp.sort(logits_V, descending=True)
     at_least = sorted_V[top_k - 1]
     sorted_V = jnp.where(sorted_V >= at_least, sorted_V, -jnp.inf)
     probability_V = jax.nn.softmax(sorted_V)
     # A token stays while those before it have not yet reached top_p; so the most likely one always does.
-    stays_V = jnp.cumsum(probability_V) - probability_V < top_p
+    stays_V = (jnp.cumsum(probability_V) - probability_V < top_p).at[0].set(True)
     at_least = jnp.where(top_p < 1, jnp.min(jnp.where(stays_V, sorted_V, jnp.inf)), at_least)
     sampled = jax.random.categorical(key, jnp.where(logits_V >= at_least, logits_V, -jnp.inf))
     return jnp.where(temperature == 0, greedy, sampled)
@@ -55,7 +56,8 @@ def generate(
     context = [int(i) for i in prompt[-block_size:]]
     vocab_size = params["lm_head.kernel"].shape[-1]
     top_k = min(sampling.top_k or vocab_size, vocab_size)
-    pick = partial(choose, temperature=sampling.temperature, top_k=top_k, top_p=sampling.top_p)
+    temperature = sampling.temperature if sampling.temperature >= 1e-6 else 0.0
+    pick = partial(choose, temperature=temperature, top_k=top_k, top_p=sampling.top_p)
     key = batches.stream_key(sampling.seed, batches.SAMPLE)
 
     @jax.jit

@@ -32,8 +32,9 @@ def optax_schedule(config: TrainConfig) -> optax.Schedule:
     """`learning_rate` for optax: a table, because a float32 cosine on the device would differ from it."""
     if config.schedule == "constant":
         return optax.constant_schedule(config.lr)
-    table = np.array([learning_rate(config, step) for step in range(config.cosine_end + 1)])
-    return lambda count: jnp.asarray(table)[jnp.minimum(count, config.cosine_end)]
+    last = min(config.steps, config.cosine_end)
+    table = np.array([learning_rate(config, step) for step in range(last + 1)])
+    return lambda count: jnp.asarray(table)[jnp.minimum(count, last)]
 
 
 def decay_mask(params: Params, which: str) -> dict[str, bool]:
@@ -57,9 +58,5 @@ def _update_rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gra
         return decay_mask(params, config.decay_mask)
 
     if config.optimizer == "adamw":
-        return optax.adamw(
-            schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=mask
-        )
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask), optax.sgd(schedule, config.momentum or None)
-    )
+        return optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.decay, mask=mask)
+    return optax.chain(optax.add_decayed_weights(config.decay, mask), optax.sgd(schedule, config.momentum or None))

@@ -7,7 +7,6 @@ program serves every dispatch.
 
 import contextlib
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,18 @@ AXIS = "data"
 
 
 def prepare(config: TrainConfig, cache_dir: Path) -> None:
-    """Process-wide settings, before the first array: float64 if asked for, and the compilation cache."""
+    """Process-wide settings, before the first array: float64 if asked for, exact products, the compilation cache."""
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    # Apart for each host: what was compiled for one processor may not run on another that shares the folder.
-    folder = cache_dir / platform.node()
+    # TF32 on GPU and bfloat16 passes on TPU are not float32; bfloat16 operands are not affected.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    # Not on CPU: loading compiled programs from it can wait forever inside jaxlib 0.10.1 (docs/design.md).
+    if jax.default_backend() == "cpu":
+        return
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-            # Small programs too: thirty of them draw the initial weights, a second in all.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if os.access(cache_dir, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir))
 
 
 def numerics(config: TrainConfig) -> Numerics:
@@ -49,10 +49,18 @@ def numerics(config: TrainConfig) -> Numerics:
     if dtype == "float64":
         return Numerics(jnp.float64, jnp.float64)
     compute_dtype = jnp.dtype(dtype)
-    head_size = config.model.n_embd // config.model.n_head
-    # cuDNN's flash attention: half precision, and head sizes that are multiples of 8 up to 128.
-    flash = backend == "gpu" and compute_dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
+    flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(config.model.n_embd // config.model.n_head)
     return Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
+
+
+def _has_flash_attention(head_size: int) -> bool:
+    """Whether cuDNN's attention runs here in bfloat16: NVIDIA from Ampere on, heads of 8, 16, ... 128 (Hopper: 256)."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0" on CUDA, "gfx942" on ROCm, none elsewhere
+    try:
+        generation = float(capability)
+    except ValueError:
+        return False
+    return generation >= 8 and head_size % 8 == 0 and head_size <= (256 if generation >= 9 else 128)
 
 
 def describe_devices() -> str:

@@ -1,6 +1,7 @@
 """Pictures of a run."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def learning_curves(
         reports: the lines of metrics.jsonl.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title.encode("utf-8", "replace").decode())
     at = [step + 1 for step, *_ in steps]
     loss = [row[1] for row in steps]
     left.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="train, each batch")
@@ -39,7 +40,11 @@ def learning_curves(
     right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    partial = path.with_name(path.name + ".partial")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a title with characters that the font has not
+        figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
     plt.close(figure)
 
 

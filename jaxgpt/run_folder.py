@@ -4,11 +4,12 @@ config.json, tokenizer.json, data.json, metrics.jsonl, steps.csv, summary.json, 
 checkpoints/.
 """
 
+import contextlib
 import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,22 @@ class RunFolder:
     config: TrainConfig
     tokenizer: Tokenizer
     data_sha256: str
+    source: str = ""  # where that text was
     lock: Any = field(default=None, compare=False, repr=False)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def data_dir(self) -> Path | None:
+        """The data folder that the text came from, if it is still there."""
+        folder = Path(self.source).parent.parent
+        return folder if Path(self.source).is_absolute() and folder.is_dir() else None
+
+    def discard(self) -> None:
+        """Takes back a run that was begun and could not make its first step."""
+        _remove_run(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The reports so far, a dictionary a line of metrics.jsonl."""
@@ -73,10 +85,9 @@ class RunFolder:
 
     def append_steps(self, rows: list[tuple[int, float, float, float]]) -> None:
         path = self.path / "steps.csv"
-        new = not path.exists()
         with path.open("a", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
-            writer.writerows([STEP_FIELDS, *rows] if new else rows)
+            writer.writerows(rows if f.tell() else [STEP_FIELDS, *rows])
 
     def flush(self) -> None:
         """Has the records on the disk itself, before a checkpoint that counts on them."""
@@ -92,7 +103,10 @@ class RunFolder:
         """
         _rewrite_lines(self.path / "metrics.jsonl", lambda line: json.loads(line)["step"] < step)
         header = ",".join(STEP_FIELDS)
-        _rewrite_lines(self.path / "steps.csv", lambda line: line == header or int(line.split(",")[0]) < step)
+        _rewrite_lines(
+            self.path / "steps.csv",
+            lambda line: line == header or (line.count(",") == 3 and int(line.split(",")[0]) < step),
+        )
 
 
 def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool) -> RunFolder:
@@ -102,7 +116,11 @@ def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus
         UserError: the folder cannot be written, holds something else, a run of another configuration or data, or one
             that another process is training.
     """
-    run = RunFolder(path, config, tokenizer, corpus.sha256)
+    run = RunFolder(path, config, tokenizer, corpus.sha256, corpus.source)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out-dir {str(path)!r}: not valid UTF-8; choose another name") from None
     try:
         begun = (path / "config.json").exists()
         if begun and not overwrite:
@@ -111,9 +129,13 @@ def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus
             raise UserError(f"--out-dir {path}: holds files that are no run; choose an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
         run = replace(run, lock=_lock(path))
-        if not begun or overwrite:
+        if not begun and (path / "config.json").exists():
+            raise UserError(f"--out-dir {path}: another process has just begun a run here; start again to resume it")
+        fresh = not begun or overwrite
+        if fresh:
             _remove_run(path)
-            tokenizers.save(tokenizer, path / "tokenizer.json")
+        write_json(path / "tokenizer.json", tokenizer.to_json())  # when resuming too: it may have been damaged
+        if fresh:
             write_json(path / "data.json", {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source})
             write_json(path / "config.json", configs.to_json(config))  # last: it is what makes the folder a run
     except OSError as e:
@@ -123,14 +145,41 @@ def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus
 
 def open_run(path: Path) -> RunFolder:
     """The run in a folder. Raises `UserError` if there is none."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"RUN {path}: no run here (no config.json); give a folder that scripts/train.py has written")
+    with _readable(f"RUN {path}", "give another folder"):
+        config, data = _read_config(path, f"RUN {path}")
+        return RunFolder(path, config, tokenizers.load(path / "tokenizer.json"), data["sha256"], data["source"])
+
+
+def _read_config(path: Path, flag_and_path: str) -> tuple[TrainConfig, dict[str, str]]:
+    if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, no error for a name too long
+        raise UserError(
+            f"{flag_and_path}: no run here (no config.json); give a folder that scripts/train.py has written"
+        )
+    config = configs.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return config, json.loads((path / "data.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _readable(flag_and_path: str, remedy: str) -> Iterator[None]:
+    """Turns what reading damaged files raises into one line."""
     try:
-        config = configs.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
-        data = json.loads((path / "data.json").read_text(encoding="utf-8"))
-        return RunFolder(path, config, tokenizers.load(path / "tokenizer.json"), data["sha256"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise UserError(f"RUN {path}: not readable as a run ({type(e).__name__}: {e}); give another folder") from None
+        yield
+    except UserError as e:
+        raise e if str(e).startswith(flag_and_path) else UserError(f"{flag_and_path}: {e}; {remedy}") from None
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{flag_and_path}: not readable as a run ({type(e).__name__}: {e}); {remedy}") from None
+
+
+def recorded_choice(path: Path | None, spec: str) -> str:
+    """Of a list of datasets the one that the run in a folder was begun with, else the list as it is.
+
+    So that `--dataset a,b` resumes a run begun with b on a machine that could not have a then.
+    """
+    try:
+        recorded = json.loads((path / "data.json").read_text(encoding="utf-8"))["dataset"] if path else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return spec
+    return recorded if recorded in [name.strip() for name in spec.split(",")] else spec
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -146,14 +195,20 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is not on the disk before its folder is
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _require_same(run: RunFolder) -> None:
-    there = open_run(run.path)
-    different = [
-        f"{flag(name)} {old} there, {new} here" for name, old, new in configs.differences(there.config, run.config)
-    ]
-    if not different and there.data_sha256 != run.data_sha256:
+    with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
+        there, data = _read_config(run.path, f"--out-dir {run.path}")
+        same_data = data["sha256"] == run.data_sha256
+    fields = configs.differences(there, run.config)
+    different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
+    if not different and not same_data:
         different = [f"--dataset {run.config.dataset} with another text"]
     if different:
         raise UserError(
@@ -185,5 +240,13 @@ def _remove_run(path: Path) -> None:
 
 def _rewrite_lines(path: Path, keep: Callable[[str], bool]) -> None:
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and keep(line.rstrip("\r\n"))))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and _keeps(keep, line.rstrip("\n"))))
+
+
+def _keeps(keep: Callable[[str], bool], line: str) -> bool:
+    """Whether to keep a line; one that cannot be read was damaged, and is not kept."""
+    try:
+        return keep(line)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -85,10 +85,11 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return "".join(tokenizer.decode_stream(ids))
 
 
-def save(tokenizer: Tokenizer, path: Path) -> None:
-    path.write_text(json.dumps(tokenizer.to_json(), ensure_ascii=True) + "\n", encoding="utf-8")
-
-
 def load(path: Path) -> Tokenizer:
+    """The inverse of writing `to_json()` to a file. Raises ValueError or KeyError if it holds no tokenizer."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    return CharTokenizer(values["chars"]) if values["kind"] == "char" else ByteTokenizer()
+    if values["kind"] == "byte":
+        return ByteTokenizer()
+    if values["kind"] != "char" or list(values["chars"]) != sorted(set(values["chars"])):
+        raise ValueError("no vocabulary of sorted characters")
+    return CharTokenizer(values["chars"])

@@ -87,7 +87,7 @@ class Program:
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = jnp.stack([loss / count, optax.global_norm(grads)])
+        metrics = jnp.stack([loss / count, optax.tree.norm(grads)])
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def updates(self, state: TrainState, tokens_N: Array, n_steps: Array, shards: Shards) -> tuple[TrainState, Array]:

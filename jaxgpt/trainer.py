@@ -1,6 +1,7 @@
 """The training loop: dispatches of K steps, reports, checkpoints, and what is left in the run folder at the end."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -51,32 +52,57 @@ def train(
     train_tokens, val_tokens = split_tokens(corpus, tokenizer, config.model.block_size)
     prompt = sample_prompt(config, tokenizer, corpus)
     parallel.prepare(config, cache_folder() / "xla")
-    executor = parallel.Executor(Program(config, tokenizer.vocab_size, parallel.numerics(config)))
-    run = run_folder.create(out_dir or _new_folder(config), config, tokenizer, corpus, overwrite)
-    if (run.path / "summary.json").exists():
-        display.line(f"{run.path}: finished already; --overwrite starts again")
-        return 0
+    numerics = parallel.numerics(config)
+    # The run keeps the dtype that "auto" stood for here: it must not change on a machine of another kind.
+    config = dataclasses.replace(config, dtype=np.dtype(numerics.compute_dtype).name)
+    executor = parallel.Executor(Program(config, tokenizer.vocab_size, numerics))
+    with stop_signals() as stop:
+        run = run_folder.create(out_dir or _new_folder(config), config, tokenizer, corpus, overwrite)
+        if (run.path / "summary.json").exists():
+            display.line(f"{run.path}: finished already; --overwrite starts again")
+            return 0
+        display.line(
+            f"{config.preset} on {corpus.name} ({len(train_tokens):,} training and {len(val_tokens):,} validation "
+            f"tokens, vocabulary {tokenizer.vocab_size}) on {parallel.describe_devices()} in {config.dtype}, "
+            f"--parallel {config.parallel}"
+        )
+        display.line(f"run folder: {run.path}")
+        checkpoints = checkpoint.open_checkpoints(run.checkpoints, config.keep_checkpoints)
+        try:
+            with _told_in_one_line(run):
+                trainer = Trainer(run, executor, checkpoints, train_tokens, val_tokens, display, started)
+                trainer.train(stop)
+                if trainer.done == config.steps:  # a signal from here on finds all saved and the end seconds away
+                    trainer.finish(prompt)
+                    return 0
+        finally:
+            display.close()
+            with contextlib.suppress(Exception):  # what a failed save still has to say was said
+                checkpoints.close()
     display.line(
-        f"{config.preset} on {corpus.name} ({len(train_tokens):,} training and {len(val_tokens):,} validation tokens, "
-        f"vocabulary {tokenizer.vocab_size}) on {parallel.describe_devices()} in "
-        f"{np.dtype(executor.program.numerics.compute_dtype).name}, --parallel {config.parallel}"
+        f"stopped after {trainer.done} of {config.steps} steps, all saved; "
+        f"the same command with --out-dir {run.path} goes on"
     )
-    display.line(f"run folder: {run.path}")
-    trainer = Trainer(run, executor, train_tokens, val_tokens, display, started)
+    return 128 + stop[0]
+
+
+@contextlib.contextmanager
+def _told_in_one_line(run: RunFolder) -> Iterator[None]:
+    """Turns a full disk and exhausted memory into `UserError`; a run without its first step is taken back."""
     try:
-        with stop_signals() as stop:
-            trainer.train(stop)
-        if stop:
-            display.line(
-                f"stopped after {trainer.done} of {config.steps} steps, all saved; "
-                f"the same command with --out-dir {run.path} goes on"
-            )
-            return 128 + stop[0]
-        trainer.finish(prompt)
-    finally:
-        display.close()
-        trainer.close()
-    return 0
+        yield
+    except OSError as e:
+        raise UserError(
+            f"--out-dir {run.path}: cannot be written ({e.strerror}); make room there and start again: it goes on"
+        ) from e
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        if not run.read_steps():
+            run.discard()
+        raise UserError(
+            f"--batch-size {run.config.batch_size}: out of memory; lower it, --model.block-size or --model.n-embd"
+        ) from e
 
 
 class Trainer:
@@ -86,6 +112,7 @@ class Trainer:
         self,
         run: RunFolder,
         executor: parallel.Executor,
+        checkpoints: checkpoint.Manager,
         train_tokens: np.ndarray,
         val_tokens: np.ndarray,
         display: Display,
@@ -96,7 +123,7 @@ class Trainer:
         self.train_tokens = executor.put(batches.device_tokens(train_tokens, vocab_size))
         self.val_tokens = executor.put(batches.device_tokens(val_tokens, vocab_size))
         self._val_starts = jax.jit(self._validation_starts)
-        self.checkpoints = checkpoint.open_checkpoints(run.checkpoints, self.config.keep_checkpoints)
+        self.checkpoints = checkpoints
         self.state = self._restored_state()
         self.done = int(self.state.step)  # updates done
         run.rewind(self.done)
@@ -137,7 +164,7 @@ class Trainer:
         if stop and self.done > done_first:
             self._save()
         self.display.close()
-        self.checkpoints.wait_until_finished()
+        checkpoint.wait(self.checkpoints)
         self._draw()
 
     def finish(self, prompt: str) -> None:
@@ -158,7 +185,7 @@ class Trainer:
             "first_step_s": self.first_step_s,
             "wall_s": time.perf_counter() - self.started,
             "device": device,
-            "dtype": np.dtype(self.executor.program.numerics.compute_dtype).name,
+            "dtype": config.dtype,
             "val_tokens": count,
             "versions": versions(),
             "data_sha256": run.data_sha256,
@@ -173,16 +200,14 @@ class Trainer:
             f"({self.tokens_per_s:,.0f} tokens/s; first step after {self.first_step_s or 0:.1f} s); all in {run.path}"
         )
 
-    def close(self) -> None:
-        self.checkpoints.close()
-
     def _restored_state(self) -> TrainState:
         """The last checkpoint's state, else the initial one, on the devices."""
         step = checkpoint.pick_step(self.checkpoints, "last")
         if step is None:
             return self.executor.init_state()
         self.display.line(f"resuming after {step} of {self.config.steps} steps")
-        return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step)
+        remedy = "remove this folder to go on from the one before it"
+        return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step, remedy)
 
     def _next_dispatch(self) -> int:
         """How many steps to run now: what fits the pace, up to the next report, checkpoint or the end."""
@@ -248,7 +273,7 @@ class Trainer:
         checkpoint.save(self.checkpoints, self.state, val_loss if val_loss < math.inf else None)
 
     def _not_finite(self, what: str) -> LossNotFinite:
-        self.checkpoints.wait_until_finished()
+        checkpoint.wait(self.checkpoints)
         step = checkpoint.pick_step(self.checkpoints, "last")
         kept = f"the state after {step} steps is kept in {self.run.checkpoints}" if step else "no checkpoint yet"
         return LossNotFinite(f"{what}; {kept}; try a lower --lr or --clip 1 in another --out-dir")
@@ -284,7 +309,7 @@ def sample_text(program: Program, state: TrainState, tokenizer: Tokenizer, promp
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that SIGINT or SIGTERM is appended to; a second signal acts as if this were not here."""
+    """Yields a list that SIGINT, SIGTERM or SIGHUP is appended to; a second signal acts as if this were not here."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -296,7 +321,7 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         before[number] = signal.signal(number, handle)
     try:
         yield received

@@ -39,7 +39,7 @@ CONFIGS = {
         decay_mask="matrices",
         model=SIZES,
     ),
-    "sgd": TrainConfig(batch_size=6, optimizer="sgd", lr=0.1, momentum=0.9, model=SIZES),
+    "sgd": TrainConfig(batch_size=6, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01, model=SIZES),
     "cosine": TrainConfig(batch_size=6, steps=60, schedule="cosine", lr=3e-3, model=SIZES),
 }
 

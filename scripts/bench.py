@@ -1,5 +1,6 @@
 """Time a training step against PyTorch on this machine, alternately in one run: python scripts/bench.py"""
 
+import importlib.util
 import json
 import statistics
 import sys
@@ -73,6 +74,10 @@ def main() -> None:
     flags = parse_flags(BenchFlags, sys.argv[1:], __doc__)
     if flags.rounds < 1 or flags.steps < 1:
         raise UserError(f"--rounds {flags.rounds}, --steps {flags.steps}: give whole numbers of at least 1")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("PyTorch is not installed, so there is nothing to compare with; run make env")
+    if flags.json and not flags.json.parent.is_dir():
+        raise UserError(f"--json {flags.json}: no such folder; create it first")
     import jax
     import numpy as np
 

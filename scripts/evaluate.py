@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from jaxgpt.cli import parse_flags, run_command
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
     split: Literal["val", "train"] = "val"
     """Which part of the data; all of its non-overlapping windows of a block are read."""

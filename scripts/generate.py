@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,7 +14,7 @@ from jaxgpt.errors import UserError
 
 @dataclass(frozen=True)
 class GenerateFlags(SamplingConfig):
-    run: tyro.conf.Positional[Path] = tyro.MISSING
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a run."""
     prompt: str = "ROMEO:"
     """Text to continue."""

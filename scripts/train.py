@@ -8,15 +8,18 @@ import dataclasses  # noqa: E402  (the clock of "time to the first step" starts 
 import sys  # noqa: E402
 
 from jaxgpt.cli import parse_train_flags, run_command  # noqa: E402
-from jaxgpt.console import Display  # noqa: E402
-from jaxgpt.datasets import load_corpus  # noqa: E402
 
 
 def main() -> int:
     flags = parse_train_flags(sys.argv[1:], __doc__)
+    # Imported here, and jax last: after what can be refused without them.
+    from jaxgpt.console import Display
+    from jaxgpt.datasets import load_corpus
+    from jaxgpt.run_folder import recorded_choice
+
     display = Display()
-    corpus = load_corpus(flags.dataset, flags.data_dir, display.line)
-    from jaxgpt.trainer import train  # imports jax: after what can be refused without it
+    corpus = load_corpus(recorded_choice(flags.out_dir, flags.dataset), flags.data_dir, display.line)
+    from jaxgpt.trainer import train
 
     config = dataclasses.replace(flags.config, dataset=corpus.name)
     return train(config, corpus, flags.out_dir, flags.overwrite, display, STARTED)

@@ -36,7 +36,7 @@ def text_file(text, tmp_path_factory) -> Path:
 def user_env(tmp_path_factory) -> dict[str, str]:
     """The environment of a user with an empty home; the compilation cache is shared by the session's commands."""
     home = tmp_path_factory.mktemp("home")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "HF_", "XDG"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "HF_", "XDG", "TF_"))}
     return {**env, "HOME": str(home)}
 
 
@@ -45,7 +45,8 @@ def command(user_env):
     """Runs a script of scripts/ and returns the finished process, its output as text."""
 
     def run(script: str, *args: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+        words = [word if isinstance(word, bytes) else str(word) for word in args]
+        line = [sys.executable, str(ROOT / "scripts" / script), *words]
         return subprocess.run(
             line, cwd=cwd or ROOT, env={**user_env, **env}, capture_output=True, text=True, timeout=300
         )

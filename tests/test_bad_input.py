@@ -1,9 +1,13 @@
 """Whatever a user gets wrong: exit 2, one line on stderr that names the flag and the remedy, nothing written."""
 
+import os
+import pty
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 TRAIN = [
     (["--dataset", "shakespeare"], ["--dataset 'shakespeare'", "choose of tinyshakespeare"]),
@@ -19,11 +23,19 @@ TRAIN = [
     (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
     (["--steps", "-5"], ["--steps -5", "at least 1"]),
     (["--steps", "many"], ["--steps", "many"]),
+    (["--batch-size", "3000000000"], ["--batch-size 3000000000", "at most"]),
+    (["--model.n-embd", "1000000000000"], ["--model.n-embd 1000000000000", "at most"]),
+    (["--dataset", "file:pipe"], ["--dataset file:pipe", "regular file"]),
+    (["--dataset", "file:good.txt", "--out-dir", b"ru\xffn"], ["--out-dir", "UTF-8"]),
     (["--stepz", "5"], ["--stepz", "--steps"]),
     (["--preset", "minigtp"], ["--preset minigtp", "choose of tinygpt, minigpt", "did you mean minigpt"]),
     (["--preset"], ["--preset", "choose of"]),
     (["--optimizer", "lion"], ["--optimizer", "adamw"]),
     (["--lr", "0"], ["--lr 0.0", "positive"]),
+    (["--warmup-steps", "5"], ["--warmup-steps 5", "--schedule warmup-cosine"]),
+    (["--dataset", "file:~nobody-here/x"], ["--dataset file:~nobody-here/x", "check the path"]),
+    (["--dataset", "file:" + "x" * 300], ["--dataset file:x", "give a readable text file"]),
+    (["--dataset", "pydoc", "--data-dir", "nowhere"], ["--data-dir nowhere", "create it"]),
     (["--dataset", "file:good.txt", "--prompt", ""], ["--prompt", "at least one character"]),
     (["--dataset", "file:good.txt", "--prompt", "Zebra"], ["--prompt", "'Z'", "training text"]),
     (["--dataset", "file:good.txt", "--out-dir", "good.txt/run"], ["--out-dir good.txt/run", "writable"]),
@@ -44,15 +56,32 @@ def folder(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin1.txt").write_bytes(b"Gr\xfc\xdfe" * 1000)
     (tmp_path / "short.txt").write_text("too short to fill a window")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "good.txt").write_text("all is good here. " * 500)
     return tmp_path
 
 
-@pytest.mark.parametrize("flags, parts", TRAIN, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize("flags, parts", TRAIN, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
 def test_train(command, folder, flags, parts):
     before = sorted(folder.rglob("*"))
     check(command("train.py", *flags, cwd=folder, HF_HUB_OFFLINE="1"), parts)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_colours_of_a_terminal_are_left_out(folder, user_env):
+    """Through a pseudo-terminal, where tyro colours its messages."""
+    ours, theirs = pty.openpty()
+    line = [sys.executable, str(ROOT / "scripts/train.py"), "--stepz", "3"]
+    assert subprocess.run(line, env={**user_env, "COLUMNS": "200"}, stdout=theirs, stderr=theirs).returncode == 2
+    told = os.read(ours, 100_000).decode()
+    assert told.startswith("error: Unrecognized options: --stepz") and told.count("\n") == 1 and "\x1b" not in told
+
+
+def test_memory_that_does_not_suffice_is_told_and_nothing_stays(command, folder):
+    flags = ["--dataset", "file:good.txt", "--out-dir", "run", "--batch-size", "1000000", "--model.block-size", "500"]
+    done = command("train.py", *flags, cwd=folder)
+    check(done, ["--batch-size 1000000", "out of memory"])
+    assert {p.name for p in (folder / "run").iterdir()} <= {".lock"}
 
 
 def test_train_on_devices_that_do_not_divide_the_batch(command, folder):
@@ -80,23 +109,49 @@ def test_generate(command, trained, flags, parts):
 @pytest.mark.parametrize("script", ["generate.py", "evaluate.py"])
 def test_folders_that_are_no_runs(command, trained, tmp_path, script):
     check(command(script, tmp_path / "nothing"), ["RUN", "no run here"])
-    check(command(script), ["PATH"])
+    check(command(script), ["RUN"])
     bare = tmp_path / "bare"
     shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("checkpoints"))
     check(command(script, bare), [f"RUN {bare}", "no checkpoint", "train"])
     (bare / "checkpoints").mkdir()
     check(command(script, bare), [f"RUN {bare}", "no checkpoint", "train"])
-    (bare / "config.json").write_text("{")
-    check(command(script, bare), [f"RUN {bare}", "not readable"])
+    for name, damage in (
+        ("tokenizer.json", b'{"kind": "char", "chars": "ba"}'),
+        ("config.json", b"{"),
+        ("config.json", b"\xff"),
+    ):
+        (bare / name).write_bytes(damage)
+        check(command(script, bare), [f"RUN {bare}", "not readable"])
 
 
-def test_a_damaged_checkpoint_is_told(command, trained, tmp_path):
+@pytest.mark.parametrize("what", ["default/d/*", "default/_METADATA", "metrics/metrics"])
+def test_a_damaged_checkpoint_is_told(command, trained, tmp_path, what):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    for path in (run / "checkpoints/60/default").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(b"damaged")
+    damaged = list((run / "checkpoints/60").glob(what))
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"")
     done = command("evaluate.py", run)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # orbax's threads may print too
-    assert "checkpoints/60" in line and "remove this folder" in line
+    assert "checkpoints" in line and ("try --checkpoint" in line or "remove the folder" in line)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(trained, text_file, tmp_path, user_env):
+    """The limit on a file's size plays the full disk: the records soon do not fit."""
+    out = tmp_path / "run"
+    line = [sys.executable, ROOT / "scripts/train.py", "--dataset", f"file:{text_file}", "--out-dir", out, *SMALL]
+    line = [str(word) for word in [*line, "--steps=60"]]
+
+    # Without the compilation cache, which would be the first to meet the limit.
+    env = {**user_env, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    limited = ["bash", "-c", 'ulimit -f 3; exec "$@"', "bash", *line]
+    done = subprocess.run(limited, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert [text for text in done.stderr.splitlines() if text.startswith("error: ") and "written" in text], done.stderr
+    assert subprocess.run(line, env=user_env, capture_output=True).returncode == 0
+    for name in ("metrics.jsonl", "summary.json"):
+        theirs = (trained / name).read_text().replace("\n", " ").split('"val_loss": ')[1:]
+        ours = (out / name).read_text().replace("\n", " ").split('"val_loss": ')[1:]
+        assert [text.split(",")[0] for text in ours] == [text.split(",")[0] for text in theirs]

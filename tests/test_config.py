@@ -12,7 +12,7 @@ from jaxgpt.errors import UserError
 def test_tinygpt_is_as_documented():
     c = PRESETS["tinygpt"]
     assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0)
-    assert (c.batch_size, c.steps, c.lr, c.weight_decay, c.decay_mask) == (32, 500, 3e-4, 0.01, "all")
+    assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 500, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 1.0, "constant")
     assert (c.eval_every, c.eval_batches) == (50, 1)
 
@@ -20,7 +20,7 @@ def test_tinygpt_is_as_documented():
 def test_minigpt_is_as_documented():
     c = PRESETS["minigpt"]
     assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0)
-    assert (c.batch_size, c.steps, c.lr, c.weight_decay, c.decay_mask) == (32, 5000, 3e-4, 0.01, "all")
+    assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 5000, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 0.0, "constant")
     assert (c.eval_every, c.eval_batches) == (500, 10)
 
@@ -39,6 +39,11 @@ def test_minigpt_is_as_documented():
         (lambda: TrainConfig(lr=float("nan")), "--lr nan", "positive"),
         (lambda: TrainConfig(beta2=1.0), "--beta2 1.0", "not with, 1"),
         (lambda: TrainConfig(clip=-1.0), "--clip -1.0", "0 or a positive"),
+        (lambda: TrainConfig(weight_decay=-0.1), "--weight-decay -0.1", "0 or a positive"),
+        (lambda: TrainConfig(warmup_steps=10), "--warmup-steps 10", "--schedule warmup-cosine"),
+        (lambda: TrainConfig(min_lr=1e-5), "--min-lr 1e-05", "--schedule cosine"),
+        (lambda: TrainConfig(momentum=0.9), "--momentum 0.9", "--optimizer sgd"),
+        (lambda: TrainConfig(steps=10**8, schedule="cosine"), "--steps 100000000", "at most"),
         (lambda: TrainConfig(seed=-1), "--seed -1", "from 0"),
         (lambda: TrainConfig(prompt=""), "--prompt", "at least one character"),
         (lambda: TrainConfig(schedule="warmup-cosine", warmup_steps=5000), "--warmup-steps 5000", "lower it"),
@@ -53,6 +58,11 @@ def test_bad_values_name_flag_and_remedy(build, flag, remedy):
     with pytest.raises(UserError) as e:
         build()
     assert flag in str(e.value) and remedy in str(e.value)
+
+
+def test_weight_decay_defaults_to_that_of_torch():
+    assert [TrainConfig(optimizer=name).decay for name in ("adamw", "sgd")] == [0.01, 0.0]
+    assert TrainConfig(optimizer="sgd", weight_decay=0.5).decay == 0.5
 
 
 def test_json_round_trip_and_differences():

@@ -11,6 +11,7 @@ import pytest
 
 from jaxgpt import datasets
 from jaxgpt.errors import UserError
+from jaxgpt.run_folder import recorded_choice
 from jaxgpt.tokenizer import ByteTokenizer, make_tokenizer
 
 
@@ -106,7 +107,7 @@ def test_folders_are_searched_in_order(server, nowhere, monkeypatch):
             put(folder, data)
         found.append(load("tinyshakespeare", flag)[0].source)
     assert found[-1].startswith(str(flag)) and found[-2].startswith(str(env))
-    assert found[-3] == "data/tinyshakespeare/input.txt" and len(set(found)) == 5
+    assert found[-3] == str(nowhere / "work/data/tinyshakespeare/input.txt") and len(set(found)) == 5
 
 
 def test_another_file_in_a_folder_is_refused(server, nowhere):
@@ -145,6 +146,15 @@ def test_a_list_takes_the_first_that_can_be_had(nowhere, monkeypatch):
     corpus, said = load("tinyshakespeare,pydoc")
     assert corpus.name == "pydoc" and len(said) == 1 and "pydoc" in said[0]
     assert len(corpus.text) > 100_000
+
+
+def test_a_run_is_resumed_with_the_dataset_it_was_begun_with(tmp_path):
+    """Begun offline with pydoc: the same list names it again when the first of the list can be had."""
+    assert recorded_choice(tmp_path, "tinyshakespeare,pydoc") == "tinyshakespeare,pydoc"
+    (tmp_path / "data.json").write_text('{"dataset": "pydoc"}')
+    assert recorded_choice(tmp_path, "tinyshakespeare, pydoc") == "pydoc"
+    assert recorded_choice(tmp_path, "tinyshakespeare") == "tinyshakespeare"
+    assert recorded_choice(None, "tinyshakespeare,pydoc") == "tinyshakespeare,pydoc"
 
 
 def test_unknown_names_in_a_list_are_refused_at_once(nowhere):

@@ -24,9 +24,12 @@ def frequencies(temperature=1.0, top_k=4, top_p=1.0, n=20_000):
         ({}, [0.5, 0.25, 0.15, 0.1]),
         ({"temperature": 0.5}, [0.25, 0.0625, 0.0225, 0.01]),
         ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 1e-6}, [1, 0, 0, 0]),
+        ({"temperature": 1e30}, [1, 1, 1, 1]),
         ({"top_k": 1}, [1, 0, 0, 0]),
         ({"top_k": 2}, [0.5, 0.25, 0, 0]),
         ({"top_p": 0.4}, [1, 0, 0, 0]),
+        ({"top_p": 1e-46}, [1, 0, 0, 0]),
         ({"top_p": 0.51}, [0.5, 0.25, 0, 0]),
         ({"top_p": 0.8}, [0.5, 0.25, 0.15, 0]),
         ({"top_k": 3, "top_p": 0.56}, [0.5, 0.25, 0, 0]),  # 0.5 / 0.9 = 0.555...: top_p is of what top_k left
@@ -61,6 +64,10 @@ def test_greedy_with_cache_equals_the_documented_cropping(bound, prompt):
         text.append(int(logits_TV[len(window) - 1].argmax()))
     got = written(bound, prompt, max_new_tokens=30, temperature=0.0)
     assert got == text[len(prompt) :] and len(set(got)) > 1
+
+
+def test_a_vanishing_temperature_is_greedy(bound):
+    assert written(bound, [3], temperature=1e-42) == written(bound, [3], temperature=0.0)
 
 
 def test_seeds(bound):

@@ -1,6 +1,7 @@
 """The model's size, initialisation, causality, cache, casts, dropout and choice of attention."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,17 @@ def test_dropout_is_off_without_keys(params, idx_BT):
 
 def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    on_gpu = parallel.numerics(TrainConfig())
-    assert on_gpu == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn")
-    assert parallel.numerics(TrainConfig(dtype="float32")).attention == "xla"
-    assert parallel.numerics(TrainConfig(model=ModelConfig(n_embd=12, n_head=3))).attention == "xla"  # heads of 4
+
+    def chosen(capability, **fields):
+        monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+        return parallel.numerics(TrainConfig(**fields))
+
+    assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn")
+    assert chosen("9.0", dtype="float32").attention == "xla"
+    assert chosen("9.0", model=ModelConfig(n_embd=12, n_head=3)).attention == "xla"  # heads of 4
+    wide = ModelConfig(n_embd=256, n_head=1)
+    assert [chosen(c, model=wide).attention for c in ("9.0", "8.0")] == ["cudnn", "xla"]
+    assert [chosen(c).attention for c in ("7.5", "gfx942", "8.6")] == ["xla", "xla", "cudnn"]
     asked = {}
 
     def attention(q, k, v, **kwargs):

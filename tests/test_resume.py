@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,9 +114,19 @@ def test_a_line_cut_short_by_the_kill_is_forgotten(user_env, command, text_file,
     assert_same(out, whole)
 
 
-def test_killed_between_the_last_checkpoint_and_the_summary(command, text_file, tmp_path, uninterrupted):
-    import shutil
+def test_records_lost_before_the_first_checkpoint(command, text_file, tmp_path, uninterrupted):
+    """Killed when the files were there but their first lines were not yet written."""
+    whole, more = uninterrupted
+    out = tmp_path / "run"
+    line = flags(text_file, out, *more)
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("checkpoints", "summary.json", "sample.txt"))
+    (out / "steps.csv").write_text("")
+    (out / "metrics.jsonl").write_text("not JSON\n")
+    assert command("train.py", *line).returncode == 0
+    assert_same(out, whole)
 
+
+def test_killed_between_the_last_checkpoint_and_the_summary(command, text_file, tmp_path, uninterrupted):
     whole, more = uninterrupted
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -15,7 +15,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
 
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.decay},
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
