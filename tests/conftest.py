@@ -34,7 +34,7 @@ def text_file(text, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def user_env(tmp_path_factory) -> dict[str, str]:
-    """The environment of a user with an empty home; the compilation cache is shared by the session's commands."""
+    """The environment of a user with an empty home."""
     home = tmp_path_factory.mktemp("home")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "HF_", "XDG", "TF_"))}
     return {**env, "HOME": str(home)}
