@@ -93,8 +93,8 @@ class Executor:
         self.program = program
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         build = _jit if config.parallel == "jit" else _pmap
-        self._updates = build(program.updates, self.mesh, config.batch_size, donate=True)
-        self._evaluate = build(program.evaluate, self.mesh, config.batch_size, donate=False)
+        self._updates = build(program.updates, self.mesh, donate=True)
+        self._evaluate = build(program.evaluate, self.mesh, donate=False)
 
     def put(self, tree: Any) -> Any:
         """The tree's arrays, whole on every device."""
@@ -121,7 +121,7 @@ class Executor:
         return sum(float(loss) for loss, _ in sums), sum(int(count) for _, count in sums)
 
 
-def _jit(function: Callable, mesh: Mesh, batch_size: int, donate: bool) -> Callable:
+def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:
     """One program for all devices; the compiler divides it along the batch and inserts the sums."""
     by_row, whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
     shards = Shards(rows=lambda x_B: lax.with_sharding_constraint(x_B, by_row), total=lambda tree: tree)
@@ -132,16 +132,16 @@ def _jit(function: Callable, mesh: Mesh, batch_size: int, donate: bool) -> Calla
     return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=whole)
 
 
-def _pmap(function: Callable, mesh: Mesh, batch_size: int, donate: bool) -> Callable:
+def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:
     """The same program on each device, told its index; sums are written out as psum."""
     devices = list(mesh.devices.flat)
-    rows_each = batch_size // len(devices)
+
+    def rows(x_B: Array, index: Array) -> Array:
+        rows_each = x_B.shape[0] // len(devices)
+        return lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each)
 
     def program(first, rest, index):
-        shards = Shards(
-            rows=lambda x_B: lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each),
-            total=lambda tree: lax.psum(tree, AXIS),
-        )
+        shards = Shards(rows=lambda x_B: rows(x_B, index), total=lambda tree: lax.psum(tree, AXIS))
         return function(first, *rest, shards)
 
     mapped = jax.pmap(

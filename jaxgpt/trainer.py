@@ -45,7 +45,7 @@ def train(
         The command's exit code: 0, or 128 + the signal that stopped the run.
 
     Raises:
-        UserError: before anything is written.
+        UserError: before anything is written; or the disk is full or the memory exhausted while it trains.
         LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold states from before it.
     """
     tokenizer = make_tokenizer(config.tokenizer, corpus.text)
