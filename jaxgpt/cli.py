@@ -33,14 +33,14 @@ class TrainFlags(TrainConfig):
     overwrite: bool = False
     """Start again if --out-dir holds a run."""
 
-    @property
-    def config(self) -> TrainConfig:
-        """The part that determines the run's numbers."""
-        return TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+
+def config_of(flags: TrainConfig) -> TrainConfig:
+    """Of flags that extend a configuration the part that determines a run's numbers."""
+    return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
-def parse_train_flags(args: list[str], description: str) -> TrainFlags:
-    """The flags of scripts/train.py, over the defaults of `--preset`."""
+def parse_train_flags(args: list[str], description: str, flags: type[Flags] = TrainFlags) -> Flags:
+    """The flags of a command that takes a configuration (a dataclass over TrainConfig), defaults by `--preset`."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", default=TrainConfig.preset)
     preset = first.parse_known_args(args)[0].preset
@@ -48,8 +48,8 @@ def parse_train_flags(args: list[str], description: str) -> TrainFlags:
         near = difflib.get_close_matches(preset or "", PRESETS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--preset {preset}: unknown preset; choose of {', '.join(PRESETS)}{hint}")
-    default = TrainFlags(**{f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(TrainConfig)})
-    return parse_flags(TrainFlags, args, description, default)
+    default = flags(**{f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(TrainConfig)})
+    return parse_flags(flags, args, description, default)
 
 
 def parse_flags(flags: type[Flags], args: list[str], description: str, default: Any = None) -> Flags:

@@ -53,6 +53,12 @@ class ModelConfig:
     """Context length in tokens (T)."""
     dropout: float = 0.0
     """Probability of zeroing an element after the embedding sum and after each residual branch."""
+    tied_head: bool = False
+    """The head's matrix is the token embedding's, as in GPT-2."""
+    gelu: Literal["erf", "tanh"] = "erf"
+    """erf: exact, as documented. tanh: the approximation of GPT-2."""
+    init: Literal["documented", "gpt2"] = "documented"
+    """documented: N(0, 0.02), biases as in PyTorch. gpt2: biases 0, residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
         _require_at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", prefix="model.")
@@ -250,6 +256,10 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`. Raises `UserError` naming fields that are unknown or missing."""
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) ^ known):
+        raise UserError(f"config.json was written by another version: it differs in the fields {', '.join(unknown)}")
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    # Those that are missing came later; their defaults are the past.
+    if unknown := sorted(set(values["model"]) - known):
         raise UserError(f"config.json was written by another version: it differs in the fields {', '.join(unknown)}")
     return TrainConfig(**{**values, "model": ModelConfig(**values["model"])})
 

@@ -22,6 +22,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.tokenizer import Tokenizer
 
 TRAIN_FRACTION = 0.9  # the first 90 % train, the rest validates, as documented
+DOCUMENTED_PROMPT = "ROMEO:"
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -102,6 +103,21 @@ def split_tokens(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> tuple
             f"must hold a block plus one ({needed}); give a longer text or a smaller --model.block-size"
         )
     return train, validation
+
+
+def sample_prompt(given: str | None, tokenizer: Tokenizer, corpus: Corpus) -> str:
+    """What a run's sample continues: the documented prompt where the vocabulary has it, unless one is given.
+
+    Raises:
+        UserError: the given `--prompt` has characters outside the vocabulary.
+    """
+    try:
+        tokenizer.encode(given or DOCUMENTED_PROMPT)
+    except UserError as e:
+        if given:
+            raise UserError(f"--prompt: {e}") from None
+        return corpus.text[0]
+    return given or DOCUMENTED_PROMPT
 
 
 def cache_folder() -> Path:

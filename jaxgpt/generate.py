@@ -54,7 +54,7 @@ def generate(
     assert len(prompt) >= 1
     block_size = config.block_size
     context = [int(i) for i in prompt[-block_size:]]
-    vocab_size = params["lm_head.kernel"].shape[-1]
+    vocab_size = len(params["token_emb.embedding"])
     top_k = min(sampling.top_k or vocab_size, vocab_size)
     temperature = sampling.temperature if sampling.temperature >= 1e-6 else 0.0
     pick = partial(choose, temperature=temperature, top_k=top_k, top_p=sampling.top_p)
@@ -66,14 +66,14 @@ def generate(
         bound = model(params)
         x_1TC, cache = bound.hidden(window_T[None], cache=empty_cache(params, config))
         x_C = lax.dynamic_index_in_dim(x_1TC[0], length - 1, keepdims=False)
-        return pick(bound.lm_head(x_C), key), cache
+        return pick(bound.logits(x_C), key), cache
 
     @partial(jax.jit, donate_argnums=2)
     def read_token(params: Params, token: Array, cache: Cache, at: Array, key: Array) -> tuple[Array, Cache]:
         """The token after `token` at position `at`, whose predecessors are in the cache."""
         bound = model(params)
         x_11C, cache = bound.hidden(token[None, None], cache=cache, start=at)
-        return pick(bound.lm_head(x_11C[0, 0]), key), cache
+        return pick(bound.logits(x_11C[0, 0]), key), cache
 
     cache = None
     for i in range(sampling.max_new_tokens):
@@ -94,5 +94,5 @@ def generate(
 def empty_cache(params: Params, config: ModelConfig) -> Cache:
     """Room for the keys and values of a block, [1, T, H, D] each per layer, in the parameters' dtype."""
     shape = (1, config.block_size, config.n_head, config.n_embd // config.n_head)
-    dtype = params["lm_head.kernel"].dtype
+    dtype = params["token_emb.embedding"].dtype
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer)]

@@ -28,14 +28,21 @@ Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] ea
 weight_init = nnx.initializers.normal(stddev=0.02)
 
 
-def linear_bias_init(fan_in: int) -> Callable[..., Array]:
-    """PyTorch's default for a Linear's bias: uniform in +-1/sqrt(fan_in)."""
+def linear_bias_init(config: ModelConfig, fan_in: int) -> Callable[..., Array]:
+    """documented: PyTorch's default for a Linear's bias, uniform in +-1/sqrt(fan_in). gpt2: zeros."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
+        if config.init == "gpt2":
+            return jnp.zeros(shape, dtype)
         bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def residual_init(config: ModelConfig) -> Callable[..., Array]:
+    """Of a matrix that writes to the residual stream; gpt2: scaled, so that all branches add up to one's spread."""
+    return nnx.initializers.normal(stddev=0.02 * (2 * config.n_layer) ** -0.5) if config.init == "gpt2" else weight_init
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,31 @@ class Numerics:
     attention: AttentionImplementation = "xla"
 
 
-def linear(n_in: int, n_out: int, numerics: Numerics, rngs: nnx.Rngs, use_bias: bool = True, **kwargs: Any):
-    """A Linear with the documented initialisation; its kernel is [n_in, n_out]."""
-    return nnx.Linear(
+class Linear(nnx.Linear):
+    """A Linear whose product is in the compute dtype and whose bias is added in the parameters'.
+
+    `nnx.Linear` adds it in bfloat16 and so, going backward, sums a bias' gradient over all tokens in bfloat16, where
+    each addition loses digits.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        product = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))  # cast: input and kernel
+        bias = self.bias[...]
+        return (product.astype(bias.dtype) + bias).astype(self.dtype)  # cast: the sum back to the compute dtype
+
+
+def linear(
+    n_in: int, n_out: int, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs, kernel_init: Any = weight_init
+) -> Linear:
+    """A Linear with bias; its kernel is [n_in, n_out]."""
+    return Linear(
         n_in,
         n_out,
-        use_bias=use_bias,
-        kernel_init=weight_init,
-        bias_init=linear_bias_init(n_in),
+        kernel_init=kernel_init,
+        bias_init=linear_bias_init(config, n_in),
         param_dtype=numerics.param_dtype,
-        dtype=numerics.compute_dtype,  # cast: input, kernel and bias to the compute dtype
+        dtype=numerics.compute_dtype,
         rngs=rngs,
-        **kwargs,
     )
 
 
@@ -89,17 +109,22 @@ def causal_attention(
     return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
 
 
-def dropout(x_NC: Array, rate: float, row_key_B: Array | None, site: int) -> Array:
-    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate); the identity without keys.
+def keep_mask(row_key_B: Array, site: int, shape_TC: tuple[int, int], rate: float) -> Array:
+    """Which elements dropout keeps, bool [B, T, C], each with probability 1 - rate.
 
     Each row of the batch draws from its own key, so the masks do not depend on how rows are spread over devices.
-    `site` tells the places within the model apart.
+    `site` tells the places within the model apart: 0 after the embedding sum, then two for each block.
     """
+    kept = jnp.float32(1 - rate)  # drawn in float32 for every dtype, so that a float64 model has the same masks
+    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), kept, shape_TC))(row_key_B)
+
+
+def dropout(x_NC: Array, rate: float, row_key_B: Array | None, site: int) -> Array:
+    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate); the identity without keys."""
     if row_key_B is None or rate == 0:
         return x_NC
-    n_rows, width = row_key_B.shape[0], x_NC.shape[-1]
-    shape = (x_NC.shape[0] // n_rows, width)
-    keep_BTC = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, shape))(row_key_B)
+    shape_TC = (x_NC.shape[0] // row_key_B.shape[0], x_NC.shape[-1])
+    keep_BTC = keep_mask(row_key_B, site, shape_TC, rate)
     return jnp.where(keep_BTC.reshape(x_NC.shape), x_NC / (1 - rate), 0)
 
 
@@ -109,10 +134,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
         self.n_head, self.implementation = config.n_head, numerics.attention
         n_embd = config.n_embd
-        self.Wq = linear(n_embd, n_embd, numerics, rngs)
-        self.Wk = linear(n_embd, n_embd, numerics, rngs)
-        self.Wv = linear(n_embd, n_embd, numerics, rngs)
-        self.Wo = linear(n_embd, n_embd, numerics, rngs)
+        self.Wq = linear(n_embd, n_embd, config, numerics, rngs)
+        self.Wk = linear(n_embd, n_embd, config, numerics, rngs)
+        self.Wv = linear(n_embd, n_embd, config, numerics, rngs)
+        self.Wo = linear(n_embd, n_embd, config, numerics, rngs, residual_init(config))
 
     def __call__(self, x_NC: Array, n_rows: int, cache: tuple[Array, Array] | None, start: Array | int):
         """The branch's output [N, C], and the cache with this call's keys and values written at `start`."""
@@ -129,15 +154,16 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """C -> 4C -> C with exact (erf) GELU."""
+    """C -> 4C -> C with GELU: exact (erf), or GPT-2's tanh approximation."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
-        self.fc = linear(config.n_embd, 4 * config.n_embd, numerics, rngs)
-        self.proj = linear(4 * config.n_embd, config.n_embd, numerics, rngs)
+        self.gelu = config.gelu
+        self.fc = linear(config.n_embd, 4 * config.n_embd, config, numerics, rngs)
+        self.proj = linear(4 * config.n_embd, config.n_embd, config, numerics, rngs, residual_init(config))
 
     def __call__(self, x_NC: Array) -> Array:
         hidden_NF = self.fc(x_NC).astype(x_NC.dtype)  # cast: GELU in the stream's dtype
-        return self.proj(jax.nn.gelu(hidden_NF, approximate=False))
+        return self.proj(jax.nn.gelu(hidden_NF, approximate=self.gelu == "tanh"))
 
 
 class Block(nnx.Module):
@@ -159,7 +185,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Token and position embeddings, blocks, a final norm, an untied head without bias."""
+    """Token and position embeddings, blocks, a final norm, a head without bias (tied: the token embedding's matrix)."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, numerics: Numerics, rngs: nnx.Rngs):
         self.dropout = config.dropout
@@ -168,10 +194,20 @@ class GPT(nnx.Module):
         self.pos_emb = nnx.Embed(config.block_size, config.n_embd, **embed)
         self.blocks = nnx.List([Block(config, numerics, rngs, index) for index in range(config.n_layer)])
         self.ln_f = layer_norm(config.n_embd, numerics, rngs)
-        # Operands in the compute dtype, accumulated and returned in the parameters' dtype: logits keep their digits.
-        self.lm_head = linear(
-            config.n_embd, vocab_size, numerics, rngs, use_bias=False, preferred_element_type=numerics.param_dtype
-        )
+        self.compute_dtype = numerics.compute_dtype
+        if config.tied_head:
+            self.lm_head = None
+        else:
+            self.lm_head = nnx.Linear(
+                config.n_embd,
+                vocab_size,
+                use_bias=False,
+                kernel_init=weight_init,
+                param_dtype=numerics.param_dtype,
+                dtype=numerics.compute_dtype,  # cast: operands to the compute dtype,
+                preferred_element_type=numerics.param_dtype,  # sums and logits in the parameters': they keep all digits
+                rngs=rngs,
+            )
 
     def hidden(
         self, idx_BT: Array, row_key_B: Array | None = None, cache: Cache | None = None, start: Array | int = 0
@@ -196,9 +232,17 @@ class GPT(nnx.Module):
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
 
+    def logits(self, x_BTC: Array) -> Array:
+        """[..., V] in the parameters' dtype, of hidden states [..., C]."""
+        if self.lm_head is not None:
+            return self.lm_head(x_BTC)
+        weight_VC = self.token_emb.embedding[...]
+        operands = (a.astype(self.compute_dtype) for a in (x_BTC, weight_VC))  # cast: as in an untied head
+        return jnp.einsum("...C,VC->...V", *operands, preferred_element_type=weight_VC.dtype)
+
     def __call__(self, idx_BT: Array, row_key_B: Array | None = None) -> Array:
         """Logits [B, T, V] in the parameters' dtype."""
-        return self.lm_head(self.hidden(idx_BT, row_key_B)[0])
+        return self.logits(self.hidden(idx_BT, row_key_B)[0])
 
 
 def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics):
@@ -208,7 +252,7 @@ def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics):
 
 
 def init_params(key: Array, config: ModelConfig, vocab_size: int, numerics: Numerics) -> dict[str, Array]:
-    """The initial parameters by dotted name, as documented: N(0, 0.02), PyTorch's bias default, norms 1 and 0.
+    """The initial parameters by dotted name, as `config.init` says; norms 1 and 0.
 
     Drawn in float32 for every dtype, so that a float64 model starts from the same weights.
     """

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt import batches
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.model import Numerics
@@ -119,6 +120,13 @@ class Executor:
         """Sum of the loss over all windows, in double precision across batches, and the number of tokens."""
         sums = [self._evaluate(params, tokens_N, *batch) for batch in zip(start_JB, real_JB, strict=True)]
         return sum(float(loss) for loss, _ in sums), sum(int(count) for _, count in sums)
+
+    def whole_split_loss(self, params: Any, tokens_N: Array) -> tuple[float, int]:
+        """The mean loss over all non-overlapping windows of a split, and its number of tokens."""
+        config = self.program.config
+        starts = batches.whole_split_starts(tokens_N.size, config.batch_size, config.model.block_size)
+        loss, count = self.evaluate(params, tokens_N, *starts)
+        return loss / count, count
 
 
 def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:

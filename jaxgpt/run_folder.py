@@ -61,6 +61,10 @@ class RunFolder:
         folder = Path(self.source).parent.parent
         return folder if Path(self.source).is_absolute() and folder.is_dir() else None
 
+    def complete(self) -> None:
+        """Writes config.json, last of all: it is what makes the folder a run."""
+        write_json(self.path / "config.json", configs.to_json(self.config))
+
     def discard(self) -> None:
         """Takes back a run that was begun and could not make its first step."""
         _remove_run(self.path)
@@ -109,8 +113,12 @@ class RunFolder:
         )
 
 
-def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool) -> RunFolder:
+def create(
+    path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool, complete: bool = True
+) -> RunFolder:
     """Begins a run in a new or empty folder, or opens the run there if it is the same one; this process then holds it.
+
+    Without `complete` a new folder is no run yet: what it needs is put there first, then `RunFolder.complete` called.
 
     Raises:
         UserError: the folder cannot be written, holds something else, a run of another configuration or data, or one
@@ -137,7 +145,8 @@ def create(path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus
         write_json(path / "tokenizer.json", tokenizer.to_json())  # when resuming too: it may have been damaged
         if fresh:
             write_json(path / "data.json", {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source})
-            write_json(path / "config.json", configs.to_json(config))  # last: it is what makes the folder a run
+            if complete:
+                run.complete()
     except OSError as e:
         raise UserError(f"--out-dir {path}: cannot be written ({e.strerror}); choose a writable folder") from None
     return run

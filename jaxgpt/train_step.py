@@ -39,6 +39,9 @@ class Shards:
     total: Callable[[Any], Any]  # a tree of sums over this program's rows -> over all rows
 
 
+ALONE = Shards(rows=lambda x_B: x_B, total=lambda tree: tree)  # one program that has all rows
+
+
 @dataclass(frozen=True)
 class Program:
     """The pure functions of one configuration, over a model with `vocab_size` tokens."""
@@ -68,6 +71,20 @@ class Program:
         params = init_params(key, self.config.model, self.vocab_size, self.numerics)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
+    def loss_sum(self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None) -> tuple[Array, Array]:
+        """The sum of a batch's loss, and its number of tokens."""
+        logits_BTV = self.model(params)(idx_BT, row_key_B)
+        return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1))
+
+    def loss_and_grads(
+        self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards
+    ) -> tuple[Array, Params]:
+        """The mean loss over the whole batch, and its gradient by name."""
+        sums = jax.value_and_grad(self.loss_sum, has_aux=True)(params, idx_BT, target_BT, row_key_B)
+        # Sums over all devices first, one division, and only then the clip: it must see the whole batch's gradient.
+        (loss, count), grads = shards.total(sums)
+        return loss / count, jax.tree.map(lambda g: g / count, grads)
+
     def update(
         self, state: TrainState, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards
     ) -> tuple[TrainState, Array]:
@@ -76,19 +93,19 @@ class Program:
         Returns:
             The new state, and [2]: the mean loss before the update, and the gradients' global norm before the clip.
         """
-
-        def loss_sum(params: Params) -> tuple[Array, Array]:
-            logits_BTV = self.model(params)(idx_BT, row_key_B)
-            return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1))
-
-        (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params)
-        # Sums over all devices first, one division, and only then the clip: it must see the whole batch's gradient.
-        loss, count, grads = shards.total((loss, count, grads))
-        grads = jax.tree.map(lambda g: g / count, grads)
+        loss, grads = self.loss_and_grads(state.params, idx_BT, target_BT, row_key_B, shards)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = jnp.stack([loss / count, optax.tree.norm(grads)])
+        metrics = jnp.stack([loss, optax.tree.norm(grads)])
         return TrainState(state.step + 1, params, opt_state), metrics
+
+    def dropout_keys(self, step: Array, shards: Shards) -> Array | None:
+        """A step's dropout keys, one for each of this program's rows; None without dropout."""
+        if not self.config.model.dropout:
+            return None
+        step_key = jax.random.fold_in(batches.stream_key(self.config.seed, batches.DROPOUT), step)
+        row_B = shards.rows(jnp.arange(self.config.batch_size))
+        return jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_B)
 
     def updates(self, state: TrainState, tokens_N: Array, n_steps: Array, shards: Shards) -> tuple[TrainState, Array]:
         """`n_steps` updates on the batches of (seed, step).
@@ -101,7 +118,6 @@ class Program:
         """
         config = self.config
         train_key = batches.stream_key(config.seed, batches.TRAIN)
-        dropout_key = batches.stream_key(config.seed, batches.DROPOUT)
 
         def body(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, metrics_K2 = carry
@@ -109,11 +125,7 @@ class Program:
                 train_key, state.step, tokens_N.size, config.batch_size, config.model.block_size
             )
             idx_BT, target_BT = batches.windows(tokens_N, shards.rows(start_B), config.model.block_size)
-            row_key_B = None
-            if config.model.dropout:
-                step_key = jax.random.fold_in(dropout_key, state.step)
-                row_B = shards.rows(jnp.arange(config.batch_size))
-                row_key_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_B)
+            row_key_B = self.dropout_keys(state.step, shards)
             state, metrics = self.update(state, idx_BT, target_BT, row_key_B, shards)
             return state, metrics_K2.at[k].set(metrics)
 

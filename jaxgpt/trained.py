@@ -4,6 +4,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from jaxgpt import batches, checkpoint, parallel, run_folder
 from jaxgpt.datasets import NotAvailable, cache_folder, load_corpus, split_tokens
 from jaxgpt.errors import UserError
@@ -42,10 +44,8 @@ def open_trained(path: Path, which: str) -> tuple[RunFolder, Executor, TrainStat
     raise AssertionError
 
 
-def whole_split_loss(
-    run: RunFolder, executor: Executor, state: TrainState, split: str, data_dir: Path | None
-) -> tuple[float, int]:
-    """The mean loss over all non-overlapping windows of a split of the run's own data, and its number of tokens.
+def split_of(run: RunFolder, split: str, data_dir: Path | None) -> np.ndarray:
+    """The tokens of the "train" or "val" split of the run's own data, int32.
 
     Raises:
         UserError: the data cannot be had, or is not what the run was trained on.
@@ -60,8 +60,10 @@ def whole_split_loss(
             f"{corpus.sha256[:12]}...); bring that text back, or give its folder with --data-dir"
         )
     train_tokens, val_tokens = split_tokens(corpus, run.tokenizer, run.config.model.block_size)
-    tokens = train_tokens if split == "train" else val_tokens
-    starts = batches.whole_split_starts(len(tokens), run.config.batch_size, run.config.model.block_size)
+    return train_tokens if split == "train" else val_tokens
+
+
+def whole_split_loss(run: RunFolder, executor: Executor, state: TrainState, tokens: np.ndarray) -> tuple[float, int]:
+    """The mean loss over all non-overlapping windows of a split of the run's data, and its number of tokens."""
     tokens_N = executor.put(batches.device_tokens(tokens, run.tokenizer.vocab_size))
-    loss, count = executor.evaluate(state.params, tokens_N, *starts)
-    return loss / count, count
+    return executor.whole_split_loss(state.params, tokens_N)

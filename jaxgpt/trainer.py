@@ -18,7 +18,7 @@ import numpy as np
 from jaxgpt import batches, checkpoint, parallel, run_folder
 from jaxgpt.config import SamplingConfig, TrainConfig
 from jaxgpt.console import Display
-from jaxgpt.datasets import Corpus, cache_folder, split_tokens
+from jaxgpt.datasets import Corpus, cache_folder, sample_prompt, split_tokens
 from jaxgpt.errors import LossNotFinite, UserError
 from jaxgpt.generate import generate
 from jaxgpt.loss import perplexity
@@ -29,7 +29,6 @@ from jaxgpt.train_step import MAX_STEPS_PER_DISPATCH, Program, TrainState
 from jaxgpt.versions import versions
 
 DISPATCH_SECONDS = 0.25  # long against the cost of a dispatch (about 1 ms), short for a progress bar and Ctrl-C
-DOCUMENTED_PROMPT = "ROMEO:"
 
 
 def train(
@@ -50,7 +49,7 @@ def train(
     """
     tokenizer = make_tokenizer(config.tokenizer, corpus.text)
     train_tokens, val_tokens = split_tokens(corpus, tokenizer, config.model.block_size)
-    prompt = sample_prompt(config, tokenizer, corpus)
+    prompt = sample_prompt(config.prompt, tokenizer, corpus)
     parallel.prepare(config, cache_folder() / "xla")
     numerics = parallel.numerics(config)
     # The run keeps the dtype that "auto" stood for here: it must not change on a machine of another kind.
@@ -170,9 +169,7 @@ class Trainer:
     def finish(self, prompt: str) -> None:
         """Whole-split loss, a sample, and the summary: last, as it is what tells that the run is complete."""
         config, run = self.config, self.run
-        starts = batches.whole_split_starts(self.val_tokens.size, config.batch_size, config.model.block_size)
-        loss, count = self.executor.evaluate(self.state.params, self.val_tokens, *starts)
-        val_loss = loss / count
+        val_loss, count = self.executor.whole_split_loss(self.state.params, self.val_tokens)
         text = sample_text(self.executor.program, self.state, run.tokenizer, prompt)
         run_folder.write_text(run.path / "sample.txt", text + "\n")
         device = parallel.describe_devices()
@@ -286,17 +283,6 @@ class Trainer:
 
         title = f"{self.config.preset} on {self.config.dataset.rsplit('/')[-1]}"
         learning_curves(self.run.path / "learning_curves.png", title, self.run.read_steps(), self.run.read_metrics())
-
-
-def sample_prompt(config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus) -> str:
-    """What the sample continues. Raises `UserError` if a given `--prompt` has characters outside the vocabulary."""
-    try:
-        tokenizer.encode(config.prompt or DOCUMENTED_PROMPT)
-    except UserError as e:
-        if config.prompt:
-            raise UserError(f"--prompt: {e}") from None
-        return corpus.text[0]
-    return config.prompt or DOCUMENTED_PROMPT
 
 
 def sample_text(program: Program, state: TrainState, tokenizer: Tokenizer, prompt: str) -> str:

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from harness import relative_l2
+
+from parity_tests.harness import relative_l2
 
 A = np.ones((2, 3))
 

@@ -38,7 +38,7 @@ class Torch:
 
         self.name = f"PyTorch {torch.__version__} eager, the documented loop"
         self.config, self.batch_of, self.step = config, batch_of, 0
-        self.model = GPT(config.model, params["lm_head.kernel"].shape[-1])
+        self.model = GPT(config.model, len(params["token_emb.embedding"]))
         self.model.load_state_dict({k: torch.tensor(v) for k, v in to_torch(params).items()})
         self.optimizer = make_optimizer(self.model, config)
 

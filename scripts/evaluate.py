@@ -28,10 +28,10 @@ class EvaluateFlags:
 def main() -> None:
     flags = parse_flags(EvaluateFlags, sys.argv[1:], __doc__)
     from jaxgpt.loss import perplexity
-    from jaxgpt.trained import open_trained, whole_split_loss
+    from jaxgpt.trained import open_trained, split_of, whole_split_loss
 
     run, executor, state = open_trained(flags.run, flags.checkpoint)
-    loss, tokens = whole_split_loss(run, executor, state, flags.split, flags.data_dir)
+    loss, tokens = whole_split_loss(run, executor, state, split_of(run, flags.split, flags.data_dir))
     if flags.json:
         print(json.dumps({"loss": loss, "ppl": perplexity(loss), "tokens": tokens}))
     else:

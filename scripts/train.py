@@ -7,7 +7,7 @@ STARTED = time.perf_counter()
 import dataclasses  # noqa: E402  (the clock of "time to the first step" starts before the imports)
 import sys  # noqa: E402
 
-from jaxgpt.cli import parse_train_flags, run_command  # noqa: E402
+from jaxgpt.cli import config_of, parse_train_flags, run_command  # noqa: E402
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
     corpus = load_corpus(recorded_choice(flags.out_dir, flags.dataset), flags.data_dir, display.line)
     from jaxgpt.trainer import train
 
-    config = dataclasses.replace(flags.config, dataset=corpus.name)
+    config = dataclasses.replace(config_of(flags), dataset=corpus.name)
     return train(config, corpus, flags.out_dir, flags.overwrite, display, STARTED)
 
 

@@ -11,7 +11,7 @@ from jaxgpt.errors import UserError
 
 def test_tinygpt_is_as_documented():
     c = PRESETS["tinygpt"]
-    assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0)
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0, False, "erf", "documented")
     assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 500, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 1.0, "constant")
     assert (c.eval_every, c.eval_batches) == (50, 1)
@@ -19,7 +19,7 @@ def test_tinygpt_is_as_documented():
 
 def test_minigpt_is_as_documented():
     c = PRESETS["minigpt"]
-    assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0)
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0, False, "erf", "documented")
     assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 5000, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 0.0, "constant")
     assert (c.eval_every, c.eval_batches) == (500, 10)

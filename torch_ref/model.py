@@ -1,9 +1,14 @@
 """The write-ups' GPT, with their parameter names, attention written out.
 
 Axes: B batch, T time (queries), S time (keys), C n_embd, H heads, D head size, V vocabulary.
+
+Dtypes: parameters and the residual stream share one dtype. With a compute dtype (bfloat16) the operands of the matrix
+products are rounded to it, each in a line with a comment "cast", as in `jaxgpt/model.py`. This is not autocast, which
+chooses by itself what to cast.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +17,41 @@ from torch.nn import functional as F
 from jaxgpt.config import ModelConfig
 
 
+class Linear(nn.Linear):
+    """A Linear that multiplies in the compute dtype and returns its input's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, compute_dtype: torch.dtype | None):
+        super().__init__(n_in, n_out)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        if dtype is None:
+            return super().forward(x)
+        product = F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)  # cast: input and weight, rounded product
+        return (product + self.bias).to(dtype).to(x.dtype)  # cast: the sum rounded to the compute dtype
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate), in training or where told which."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BTC: Tensor, keep_BTC: Tensor | None) -> Tensor:
+        if keep_BTC is None:
+            return F.dropout(x_BTC, self.rate, self.training)
+        return torch.where(keep_BTC, x_BTC / (1 - self.rate), 0)
+
+
 class Attention(nn.Module):
     """Causal self-attention with separate query, key, value and output projections, each with bias."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None):
         super().__init__()
-        self.n_head = config.n_head
-        self.Wq = nn.Linear(config.n_embd, config.n_embd)
-        self.Wk = nn.Linear(config.n_embd, config.n_embd)
-        self.Wv = nn.Linear(config.n_embd, config.n_embd)
-        self.Wo = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.compute_dtype = config.n_head, compute_dtype
+        self.Wq, self.Wk, self.Wv, self.Wo = (Linear(config.n_embd, config.n_embd, compute_dtype) for _ in range(4))
         seen_TS = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
         self.register_buffer("seen_TS", seen_TS, persistent=False)
 
@@ -32,51 +62,78 @@ class Attention(nn.Module):
         )
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(C // self.n_head)
         att_BHTS = score_BHTS.masked_fill(~self.seen_TS[:T, :T], -math.inf).softmax(dim=-1)
-        return self.Wo((att_BHTS @ v_BHSD).transpose(1, 2).reshape(B, T, C))
+        dtype = self.compute_dtype or x_BTC.dtype
+        out_BHTD = (att_BHTS.to(dtype) @ v_BHSD.to(dtype)).to(x_BTC.dtype)  # cast: probabilities and values
+        return self.Wo(out_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
-    """Pre-norm: x += attn(ln1(x)); x += ff(ln2(x)). `ff` is C -> 4C -> C with exact GELU."""
+    """Pre-norm: x += attn(ln1(x)); x += ff(ln2(x)). `ff` is C -> 4C -> C with GELU."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None):
         super().__init__()
         C = config.n_embd
         self.ln1 = nn.LayerNorm(C)
-        self.attn = Attention(config)
+        self.attn = Attention(config, compute_dtype)
         self.ln2 = nn.LayerNorm(C)
-        self.ff = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
-        self.dropout = nn.Dropout(config.dropout)
+        gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.ff = nn.Sequential(Linear(C, 4 * C, compute_dtype), gelu, Linear(4 * C, C, compute_dtype))
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC)))
-        return x_BTC + self.dropout(self.ff(self.ln2(x_BTC)))
+    def forward(self, x_BTC: Tensor, keep_attn_BTC: Tensor | None, keep_ff_BTC: Tensor | None) -> Tensor:
+        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC)), keep_attn_BTC)
+        return x_BTC + self.dropout(self.ff(self.ln2(x_BTC)), keep_ff_BTC)
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, blocks, a final norm, an untied head without bias."""
+    """Token and position embeddings, blocks, a final norm, a head without bias (tied: the token embedding's matrix).
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    Args:
+        compute_dtype: of the matrix products; None for the parameters' own.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype | None = None):
         super().__init__()
+        self.compute_dtype = compute_dtype
         self.token_emb = nn.Embedding(vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config, compute_dtype) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):  # biases keep PyTorch's default
+        self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.init_weights(config)
+
+    def init_weights(self, config: ModelConfig) -> None:
+        """Documented: N(0, 0.02), biases as PyTorch leaves them. GPT-2: biases 0, and what writes to the residual
+        stream scaled by 1/sqrt(2 n_layer)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, Linear) and config.init == "gpt2":
+                nn.init.zeros_(module.bias)
+                if name.endswith(("attn.Wo", "ff.2")):
+                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx_BT: Tensor) -> Tensor:
-        """Logits [B, T, V]."""
+    def forward(self, idx_BT: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits [B, T, V].
+
+        Args:
+            keep: dropout masks passed in, bool [B, T, C] each: after the embedding sum, then for each block after
+                attention and after ff. None: drawn by torch in training, none in evaluation.
+        """
+        keep = keep or [None] * (2 * len(self.blocks) + 1)
         position_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-        x_BTC = self.dropout(self.token_emb(idx_BT) + self.pos_emb(position_T))
-        for block in self.blocks:
-            x_BTC = block(x_BTC)
-        return self.lm_head(self.ln_f(x_BTC))
+        x_BTC = self.dropout(self.token_emb(idx_BT) + self.pos_emb(position_T), keep[0])
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2])
+        x_BTC = self.ln_f(x_BTC)
+        weight_VC = self.token_emb.weight if self.lm_head is None else self.lm_head.weight
+        dtype = self.compute_dtype or x_BTC.dtype
+        # cast: operands to the compute dtype and back, so that the logits keep all digits of their sums
+        return F.linear(x_BTC.to(dtype).to(x_BTC.dtype), weight_VC.to(dtype).to(x_BTC.dtype))
 
 
-def mean_loss(model: GPT, idx_BT: Tensor, target_BT: Tensor) -> Tensor:
+def mean_loss(model: GPT, idx_BT: Tensor, target_BT: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:
     """Next-token cross-entropy, the mean over all positions of the flattened logits."""
-    logits_BTV = model(idx_BT)
+    logits_BTV = model(idx_BT, keep)
     return F.cross_entropy(logits_BTV.view(-1, logits_BTV.shape[-1]), target_BT.reshape(-1))

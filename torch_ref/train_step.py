@@ -1,4 +1,8 @@
-"""The documented optimiser, and one update on one batch."""
+"""The documented optimiser and schedule, and one update on one batch."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,23 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of update `step`, counted from 0.
+
+    constant: lr. warmup-cosine: lr * step / warmup_steps, so 0 at step 0; then half a cosine from lr down to min_lr at
+    step decay_steps (0: the last), and min_lr after. cosine: the same without warm-up.
+    """
+    if config.schedule == "constant":
+        return config.lr
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    end = config.decay_steps or config.steps
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+
+
 def update(
     model: GPT,
     optimizer: torch.optim.Optimizer,
@@ -31,14 +52,53 @@ def update(
     lr: float,
     idx_BT: Tensor,
     target_BT: Tensor,
+    keep: Sequence[Tensor] | None = None,
+    clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
 ) -> float:
-    """One update at the given rate; returns the loss before it."""
+    """One update at the given rate; returns the loss before it.
+
+    Args:
+        keep: dropout masks, as in `GPT.forward`.
+        clip: what limits the global norm; PyTorch's own, which divides by norm + 1e-6.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = mean_loss(model, idx_BT, target_BT)
+    loss = mean_loss(model, idx_BT, target_BT, keep)
     optimizer.zero_grad()
     loss.backward()
     if config.clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        clip(model.parameters(), config.clip)
     optimizer.step()
     return loss.item()
+
+
+# torch names the state of AdamW and SGD so; files name it <state>.<parameter>, and "step" once for all.
+STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def optimizer_tensors(
+    model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int
+) -> dict[str, Tensor]:
+    """The optimiser's state by name: `exp_avg.blocks.0.ln1.weight`, ..., and `step`, the number of updates done."""
+    tensors = {"step": torch.tensor(step)}
+    for state in _states(config):
+        for name, p in model.named_parameters():
+            value = optimizer.state[p].get(state)
+            tensors[f"{state}.{name}"] = torch.zeros_like(p) if value is None else value
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig, tensors: dict[str, Tensor]
+) -> int:
+    """The inverse of `optimizer_tensors`; returns the number of updates done."""
+    step = int(tensors["step"].item())
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {state: tensors[f"{state}.{name}"].clone() for state in _states(config)}
+        if config.optimizer == "adamw":
+            optimizer.state[p]["step"] = torch.tensor(float(step))
+    return step
+
+
+def _states(config: TrainConfig) -> tuple[str, ...]:
+    return STATES[config.optimizer] if config.optimizer == "adamw" or config.momentum else ()

@@ -1,0 +1,194 @@
+"""The documented training loop in PyTorch: python -m torch_ref.train --preset minigpt
+
+It stands beside `scripts/train.py`: the same flags, the same files of weights and optimiser state that
+`scripts/convert.py` takes and writes. Batches are drawn by torch here; `train` takes any others.
+Axes: B batch, T time.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jaxgpt import tensor_files
+from jaxgpt.cli import config_of, parse_train_flags, run_command
+from jaxgpt.config import PRESETS, SamplingConfig, TrainConfig, flag
+from jaxgpt.datasets import load_corpus, sample_prompt, split_tokens
+from jaxgpt.errors import LossNotFinite, UserError
+from jaxgpt.tokenizer import decode, make_tokenizer
+from torch_ref.generate import generate
+from torch_ref.model import GPT, mean_loss
+from torch_ref.train_step import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, update
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
+
+
+@dataclass(frozen=True)
+class ReferenceFlags(TrainConfig):
+    """The flags of scripts/train.py that this loop has a use for, and files."""
+
+    data_dir: Path | None = None
+    """Folder to look for datasets in first."""
+    weights: Path | None = None
+    """Start from these weights (safetensors, the write-ups' names)."""
+    optimizer_state: Path | None = None
+    """Go on with this optimiser state, from its step."""
+    out: Path | None = None
+    """Write the trained weights to this file (safetensors)."""
+    optimizer_state_out: Path | None = None
+    """Write the optimiser's state to this file (safetensors)."""
+    overwrite: bool = False
+    """Replace files that exist."""
+
+
+def train(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    batch_of: Callable[[int], Batch],
+    steps: Iterable[int],
+    keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
+    clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
+) -> Iterator[tuple[int, float]]:
+    """The loop: yields each step with its loss before the update.
+
+    Args:
+        batch_of: the batch of a step.
+        keep_of: the dropout masks of a step; None lets torch draw them.
+        clip: as in `update`.
+    """
+    for step in steps:
+        model.train()
+        idx_BT, target_BT = batch_of(step)
+        lr = learning_rate(config, step)
+        yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip)
+
+
+def random_batch(tokens_N: Tensor, config: TrainConfig, generator: torch.Generator) -> Batch:
+    """Uniform random windows, with replacement; targets are the inputs shifted by one."""
+    block_size = config.model.block_size
+    start_B = torch.randint(len(tokens_N) - block_size, (config.batch_size,), generator=generator)
+    window_BT = tokens_N[start_B[:, None] + torch.arange(block_size + 1)]
+    return window_BT[:, :-1], window_BT[:, 1:]
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, config: TrainConfig, batch_of: Callable[[], Batch]) -> float:
+    """The mean over random validation batches, in evaluation mode."""
+    model.eval()
+    return sum(mean_loss(model, *batch_of()).item() for _ in range(config.eval_batches)) / config.eval_batches
+
+
+@torch.no_grad()
+def whole_split_loss(model: GPT, tokens_N: Tensor, batch_size: int) -> tuple[float, int]:
+    """The mean loss over all non-overlapping windows of a block, the ragged rest left out, and the number of tokens."""
+    model.eval()
+    block_size = model.pos_emb.num_embeddings
+    window_JT = tokens_N.unfold(0, block_size + 1, block_size)
+    total = 0.0
+    for window_BT in window_JT.split(batch_size):
+        total += mean_loss(model, window_BT[:, :-1], window_BT[:, 1:]).item() * len(window_BT)
+    return total / len(window_JT), len(window_JT) * block_size
+
+
+def main() -> None:
+    flags = parse_train_flags(sys.argv[1:], __doc__, ReferenceFlags)
+    config = _checked(flags)
+    corpus = load_corpus(config.dataset, flags.data_dir, print)
+    tokenizer = make_tokenizer(config.tokenizer, corpus.text)
+    split = split_tokens(corpus, tokenizer, config.model.block_size)
+    train_tokens, val_tokens = (torch.from_numpy(tokens).long() for tokens in split)
+    prompt = sample_prompt(config.prompt, tokenizer, corpus)
+    prompt_ids = tokenizer.encode(prompt).tolist()
+
+    torch.manual_seed(config.seed)
+    model = GPT(config.model, tokenizer.vocab_size, torch.bfloat16 if config.dtype == "bfloat16" else None)
+    model = model.to(torch.float64 if config.dtype == "float64" else torch.float32)
+    optimizer = make_optimizer(model, config)
+    start = _load(flags, model, optimizer, config)
+    # Streams of their own, so that evaluating changes no training batch.
+    train_draw, val_draw = (torch.Generator().manual_seed(config.seed + stream) for stream in (1, 2))
+    for _ in range(start):  # a run that goes on takes the batches that it would have taken
+        random_batch(train_tokens, config, train_draw)
+
+    width, begun = len(str(config.steps - 1)), time.perf_counter()
+    steps = range(start, config.steps)
+    for step, loss in train(model, optimizer, config, lambda _: random_batch(train_tokens, config, train_draw), steps):
+        if loss != loss or loss in (float("inf"), -float("inf")):
+            raise LossNotFinite(f"step {step}: loss {loss}; try a lower --lr or --clip 1")
+        if step % config.eval_every == 0 or step == config.steps - 1:
+            val_loss = validation_loss(model, config, lambda: random_batch(val_tokens, config, val_draw))
+            print(f"step {step:0{width}d}  train {loss:.3f}  val {val_loss:.3f}", flush=True)
+    loss, count = whole_split_loss(model, val_tokens, config.batch_size)
+    print(f"whole validation split ({count:,} tokens): loss {loss:.4f}  ({time.perf_counter() - begun:.0f} s)")
+    sampling = SamplingConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
+    ids = generate(model, prompt_ids, sampling, generator=torch.Generator().manual_seed(config.seed))
+    print(f"---\n{prompt}{decode(tokenizer, ids)}\n---")
+    _save(flags, model, optimizer, config)
+
+
+def _checked(flags: ReferenceFlags) -> TrainConfig:
+    """The configuration. Raises `UserError` for flags that mean nothing here, and files that cannot be."""
+    config, preset = config_of(flags), PRESETS[flags.preset]
+    for name in ("parallel", "checkpoint_every", "keep_checkpoints"):
+        if getattr(config, name) != getattr(preset, name):
+            raise UserError(f"{flag(name)}: the reference has one device and no checkpoints; leave it out")
+    if flags.optimizer_state and not flags.weights:
+        raise UserError(f"--optimizer-state {flags.optimizer_state}: belongs to weights; give --weights as well")
+    files = {"--out": flags.out, "--optimizer-state-out": flags.optimizer_state_out}
+    tensor_files.require_new(files, flags.overwrite)
+    return dataclasses.replace(config, dtype="float32" if config.dtype == "auto" else config.dtype)
+
+
+def _load(flags: ReferenceFlags, model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig) -> int:
+    """Takes over the given files; returns the step to start from. Raises `UserError` if they do not fit."""
+    if flags.weights:
+        tensors = tensor_files.read(flags.weights, "--weights")
+        _require_same(f"--weights {flags.weights}", tensors, dict(model.state_dict()))
+        model.load_state_dict({name: torch.from_numpy(p) for name, p in tensors.items()})
+    if not flags.optimizer_state:
+        return 0
+    named = f"--optimizer-state {flags.optimizer_state}"
+    tensors = tensor_files.read(flags.optimizer_state, "--optimizer-state")
+    _require_same(named, tensors, optimizer_tensors(model, optimizer, config, 0))
+    step = tensors["step"].item()
+    if step != int(step) or not 0 <= step <= config.steps:
+        raise UserError(f"{named}: {step} updates done; give a whole number of them, up to --steps {config.steps}")
+    return load_optimizer_tensors(model, optimizer, config, {n: torch.from_numpy(p) for n, p in tensors.items()})
+
+
+def _require_same(named: str, tensors: dict[str, np.ndarray], like: dict[str, Tensor]) -> None:
+    if odd := sorted(set(tensors) ^ set(like)):
+        raise UserError(f"{named}: not of this model ({', '.join(odd[:4])} on one side only); give other --model flags")
+    for name, p in tensors.items():
+        if name == "step":
+            if p.size != 1 or p.dtype.kind not in "iuf":
+                raise UserError(f"{named}: step is {p.tolist()}; one number of updates is needed")
+        elif p.shape != tuple(like[name].shape) or p.dtype != torch.empty(0, dtype=like[name].dtype).numpy().dtype:
+            wanted = f"{str(like[name].dtype).removeprefix('torch.')} {list(like[name].shape)}"
+            raise UserError(
+                f"{named}: {name} is {p.dtype} {list(p.shape)}, not {wanted}; give the --model flags and "
+                "the --dtype of its training"
+            )
+
+
+def _save(flags: ReferenceFlags, model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+    state = optimizer_tensors(model, optimizer, config, config.steps)
+    files = (
+        ("--out", flags.out, dict(model.state_dict())),
+        ("--optimizer-state-out", flags.optimizer_state_out, state),
+    )
+    tensor_files.write(
+        (name, path, {n: t.detach().numpy() for n, t in tensors.items()}) for name, path, tensors in files if path
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
