@@ -1,0 +1,317 @@
+"""How faults are planted: patches of the JAX side, built from what to change. `mutants.py` has the list."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxgpt import convert, generate, loss, model, optimizer, train_step
+from jaxgpt.model import GPT, Block, Linear
+from jaxgpt.train_step import Program
+
+Patch = Callable[[], AbstractContextManager[Any]]
+
+
+def put(target: Any, name: str, value: Any) -> Patch:
+    return lambda: patch.object(target, name, value)
+
+
+def wrap(target: Any, name: str, wrapper: Callable[[Any], Any]) -> Patch:
+    """Replaces target.name by wrapper(the original)."""
+    return lambda: patch.object(target, name, wrapper(getattr(target, name)))
+
+
+def together(*patches: Patch) -> Patch:
+    @contextmanager
+    def all_of_them() -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in patches:
+                stack.enter_context(one())
+            yield
+
+    return all_of_them
+
+
+def layer_norm(**changes: Any) -> Patch:
+    def mutated(n_embd: int, numerics: Any, rngs: Any) -> nnx.LayerNorm:
+        dtype = numerics.param_dtype
+        options = {"epsilon": 1e-5, "use_fast_variance": False, **changes}
+        return nnx.LayerNorm(n_embd, dtype=dtype, param_dtype=dtype, rngs=rngs, **options)
+
+    return put(model, "layer_norm", mutated)
+
+
+def scores(change: Callable[..., Any]) -> Patch:
+    """Attention written out once more, with a change: (scores before the mask, mask, head size, width) -> weights."""
+
+    def mutated(q: Any, k: Any, v: Any, start: Any, implementation: str) -> Any:
+        score = jnp.einsum("BTHD,BSHD->BHTS", q, k)
+        seen = jnp.arange(k.shape[1]) <= start + jnp.arange(q.shape[1])[:, None]
+        return jnp.einsum(
+            "BHTS,BSHD->BTHD", change(score, seen, q.shape[3], q.shape[2] * q.shape[3]).astype(v.dtype), v
+        )
+
+    return put(model, "causal_attention", mutated)
+
+
+def masked_softmax(score: Any, seen: Any, scale: float) -> Any:
+    return jax.nn.softmax(jnp.where(seen, score * scale, -jnp.inf), axis=-1)
+
+
+def softmax_in_bfloat16(score: Any, seen: Any, head_size: int, width: int) -> Any:
+    score = jnp.where(seen, score * head_size**-0.5, -jnp.inf).astype(jnp.bfloat16)
+    return jax.nn.softmax(score, axis=-1)
+
+
+def softmax_with_sink(score: Any, seen: Any, head_size: int, width: int) -> Any:
+    weight = jnp.where(seen, jnp.exp(score * head_size**-0.5), 0)
+    return weight / (1 + weight.sum(-1, keepdims=True))
+
+
+def rounded(x: Any, mantissa_bits: int) -> Any:
+    """Rounded to fewer mantissa bits, as tensor cores round float32 operands to 10 (TF32)."""
+    fraction, exponent = jnp.frexp(x)
+    return jnp.ldexp(jnp.round(fraction * 2 ** (mantissa_bits + 1)) / 2 ** (mantissa_bits + 1), exponent)
+
+
+def linear_call(change: Callable[[Any, Any, Any], Any]) -> Patch:
+    """Linear with a change: (input, kernel, bias) -> output."""
+    return put(Linear, "__call__", lambda self, x: change(x, self.kernel[...], self.bias[...]))
+
+
+def square_transposed(x: Any, kernel: Any, bias: Any) -> Any:
+    return x @ (kernel.T if kernel.shape[0] == kernel.shape[1] else kernel) + bias
+
+
+def block_call(change: Callable[..., Any]) -> Patch:
+    """Block with a change: (block, x, its attention, its dropout by site 1 and 2) -> x."""
+
+    def call(self: Block, x: Any, n_rows: int, keys: Any, cache: Any, start: Any) -> Any:
+        drop = lambda branch, site: model.dropout(branch, self.dropout, keys, 2 * self.index + site)  # noqa: E731
+        return change(self, x, lambda x: self.attn(x, n_rows, cache, start)[0], drop), cache
+
+    return put(Block, "__call__", call)
+
+
+def without_mlp_residual(self: Block, x: Any, attn: Any, drop: Any) -> Any:
+    x = x + drop(attn(self.ln1(x)), 1)
+    return drop(self.mlp(self.ln2(x)), 2)
+
+
+def post_norm(self: Block, x: Any, attn: Any, drop: Any) -> Any:
+    x = self.ln1(x + drop(attn(x), 1))
+    return self.ln2(x + drop(self.mlp(x), 2))
+
+
+def bfloat16_stream(self: Block, x: Any, attn: Any, drop: Any) -> Any:
+    x = (x + drop(attn(self.ln1(x)), 1)).astype(jnp.bfloat16).astype(x.dtype)
+    return x + drop(self.mlp(self.ln2(x)), 2)
+
+
+def logits(change: Callable[[Any], Any]) -> Patch:
+    return wrap(GPT, "logits", lambda real: lambda self, x: change(real(self, x)))
+
+
+def cross_entropy(wrapper: Callable[[Any], Any]) -> Patch:
+    return together(wrap(loss, "cross_entropy", wrapper), wrap(train_step, "cross_entropy", wrapper))
+
+
+def sum_for_mean(real: Any) -> Any:
+    def mutated(self: Program, params: Any, idx: Any, target: Any, keys: Any, shards: Any) -> Any:
+        mean, grads = real(self, params, idx, target, keys, shards)
+        return mean * target.size, jax.tree.map(lambda g: g * target.size, grads)
+
+    return mutated
+
+
+def adam_eps_inside_root() -> AbstractContextManager[Any]:
+    real = optax.scale_by_adam
+    return patch.object(optimizer, "scale_by_adam", lambda b1, b2, eps: real(b1, b2, eps=0.0, eps_root=eps))
+
+
+def adam_without_correction() -> AbstractContextManager[Any]:
+    def mutated(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+        real = optax.scale_by_adam(b1, b2, eps)
+
+        def update(grads: Any, state: Any, params: Any = None) -> Any:
+            _, state = real.update(grads, state, params)
+            return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+        return optax.GradientTransformation(real.init, update)
+
+    return patch.object(optimizer, "scale_by_adam", mutated)
+
+
+def flushed_gradients(real: Any) -> Any:
+    def mutated(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+        adam = real(b1, b2, eps)
+        flush = lambda grads: jax.tree.map(lambda g: jnp.where(jnp.abs(g) < 1e-12, 0, g), grads)  # noqa: E731
+        return optax.GradientTransformation(
+            adam.init, lambda g, state, params=None: adam.update(flush(g), state, params)
+        )
+
+    return mutated
+
+
+def coupled_decay(config: Any, schedule: Any) -> optax.GradientTransformation:
+    adam = optimizer.scale_by_adam(config.beta1, config.beta2, config.eps)
+    mask = lambda params: optimizer.decay_mask(params, config.decay_mask)  # noqa: E731
+    return optax.chain(optax.add_decayed_weights(config.decay, mask), adam, optax.scale_by_learning_rate(schedule))
+
+
+def clip(change: Callable[[Any, float, Any], Any]) -> Patch:
+    """The clip with a change: (gradient, limit, global norm) -> gradient."""
+
+    def mutated(limit: float) -> optax.GradientTransformation:
+        def update(grads: Any, state: Any, params: Any = None) -> Any:
+            norm = optax.tree.norm(grads)
+            return jax.tree.map(lambda g: change(g, limit, norm), grads), state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    return put(optax, "clip_by_global_norm", mutated)
+
+
+def float32_cosine(config: Any) -> Any:
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.lr)
+    warmup, end = config.warmup_steps, config.cosine_end
+
+    def schedule(count: Any) -> Any:
+        count = count.astype(jnp.float32)
+        progress = jnp.clip((count - warmup) / (end - warmup), 0, 1)
+        cosine = config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + jnp.cos(jnp.float32(jnp.pi) * progress))
+        return jnp.where(count < warmup, config.lr * count / max(warmup, 1), cosine)
+
+    return schedule
+
+
+def decay_steps_after_warmup(real: Any) -> Any:
+    return lambda config, step: real(
+        dataclasses.replace(config, decay_steps=config.cosine_end + config.warmup_steps)
+        if config.schedule == "warmup-cosine"
+        else config,
+        step,
+    )
+
+
+def without_embeddings(real: Any) -> Any:
+    return lambda params, which: {n: on and (which == "all" or "emb" not in n) for n, on in real(params, which).items()}
+
+
+def hidden(change: Callable[..., Any]) -> Patch:
+    """GPT.hidden with a change of its arguments: (idx, keys, cache, start) -> the same."""
+
+    def wrapper(real: Any) -> Any:
+        def mutated(self: GPT, idx: Any, keys: Any = None, cache: Any = None, start: Any = 0) -> Any:
+            return real(self, *change(idx, keys, cache, start))
+
+        return mutated
+
+    return wrap(GPT, "hidden", wrapper)
+
+
+def choose(change: Callable[..., Any]) -> Patch:
+    """`generate.choose` with a change: (vocabulary, temperature, top_k, top_p) -> the last three."""
+
+    def wrapper(real: Any) -> Any:
+        def mutated(logits_V: Any, key: Any, temperature: Any, top_k: Any, top_p: Any) -> Any:
+            return real(logits_V, key, *change(len(logits_V), temperature, top_k, top_p))
+
+        return mutated
+
+    return wrap(generate, "choose", wrapper)
+
+
+def heads_interleaved(real: Any) -> Any:
+    """Heads split as [D, H] in place of [H, D], and put together as they should be."""
+
+    def mutated(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        B, T, H, D = q.shape
+        q, k, v = (a.reshape(B, T, D, H).swapaxes(2, 3) for a in (q, k, v))
+        return real(q, k, v, *rest)
+
+    return mutated
+
+
+def float32_params(real: Any) -> Any:
+    def mutated(*args: Any) -> Any:
+        bound = real(*args)
+        return lambda params: bound({name: p.astype(jnp.float32) for name, p in params.items()})
+
+    return mutated
+
+
+def tied_head_cut(self: GPT, x: Any) -> Any:
+    if self.lm_head is not None:
+        return self.lm_head(x)
+    return jnp.einsum("...C,VC->...V", x, jax.lax.stop_gradient(self.token_emb.embedding[...]))
+
+
+def square_as_it_is(real: Any) -> Any:
+    """Square kernels not transposed, whose shape tells nothing."""
+    return lambda name, p: p if p.ndim == 2 and p.shape[0] == p.shape[1] else real(name, p)
+
+
+def key_before_query(real: Any) -> Any:
+    def mutated(state_dict: Any) -> Any:
+        tensors = real(state_dict)
+        swap = {"Wq": "Wk", "Wk": "Wq"}
+        return {re.sub("Wq|Wk", lambda m: swap[m[0]], name): p for name, p in tensors.items()}
+
+    return mutated
+
+
+def positions_from_1(self: nnx.Embed, idx: Any) -> Any:
+    """Position embeddings, which are looked up by a plain range, one later; the last stays in the table."""
+    table = self.embedding[...]
+    return table[jnp.minimum(idx + 1, len(table) - 1) if idx.ndim == 1 else idx]
+
+
+def softmax_without_itself(score: Any, seen: Any, head_size: int, width: int) -> Any:
+    earlier = jnp.roll(seen, 1, axis=0).at[0].set(seen[0])  # the first query sees itself, or it would see nothing
+    return masked_softmax(score, earlier, head_size**-0.5)
+
+
+def gelu_in_bfloat16(real: Any) -> Any:
+    return lambda x, approximate: real(x.astype(jnp.bfloat16), approximate=approximate).astype(x.dtype)
+
+
+def float32_gradients(real: Any) -> Any:
+    def mutated(*args: Any) -> Any:
+        loss, grads = real(*args)
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    return mutated
+
+
+def nan_in_key_bias(real: Any) -> Any:
+    """Of the last block, in one element."""
+
+    def mutated(*args: Any) -> Any:
+        loss, grads = real(*args)
+        name = max(name for name in grads if name.endswith("Wk.bias"))
+        return loss, {**grads, name: grads[name].at[0].set(jnp.nan)}
+
+    return mutated
+
+
+def count_off_by_one(real: Any) -> Any:
+    return lambda tensors, like: real({**tensors, "step": np.asarray(tensors["step"]) + 1}, like)
+
+
+def moments_swapped() -> AbstractContextManager[Any]:
+    return patch.dict(convert._MOMENTS, {"mu": "exp_avg_sq", "nu": "exp_avg"})
+
+
+def without_final_norm(self: GPT, idx: Any) -> Any:
+    with patch.object(self, "ln_f", lambda x: x):
+        return self.logits(self.hidden(idx)[0])

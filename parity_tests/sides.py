@@ -1,0 +1,249 @@
+"""The two sides of a comparison, from the same weights, batches and masks.
+
+Axes: B batch, T time, C n_embd, V vocabulary. Weights travel under their torch names, in float32: a float64 side starts
+from the same numbers. Batches are drawn by the trainer's own rule and cut here in numpy; the functions that this needs
+are bound at import, so that a mutant changes the JAX side alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from jaxgpt import parallel
+from jaxgpt.batches import DROPOUT, TRAIN, stream_key, window_starts
+from jaxgpt.config import PRESETS, ModelConfig, TrainConfig
+from jaxgpt.convert import from_torch, to_torch
+from jaxgpt.model import Numerics, keep_mask
+from jaxgpt.train_step import ALONE, Program, TrainState
+from torch_ref.model import GPT, mean_loss
+from torch_ref.train import train
+from torch_ref.train_step import make_optimizer
+
+VOCAB = 29
+N_TOKENS = 2003
+# n_layer, n_head, head size, batch, block, n_embd and the vocabulary all differ, so no swapped axis goes unseen.
+SIZES = ModelConfig(n_layer=2, n_head=5, n_embd=40, block_size=17)
+BATCH = 6
+TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+
+
+def prepare_torch(on: bool = True) -> None:
+    """PyTorch as XLA is on CPU: denormal numbers flushed to 0 (in this thread, for numpy too), exact products."""
+    torch.set_flush_denormal(on)
+    torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def precision_of(precision: str) -> Iterator[None]:
+    """float64 on for float64, off otherwise; exact products in both."""
+    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration with its weights and tokens.
+
+    weights: "documented", as at the start of training; "spread", as after it: matrices eight times as large, norms away
+    from 1 and 0; or "zero". At the documented start attention is flat and its gradients are near zero.
+    """
+
+    name: str
+    config: TrainConfig
+    vocab_size: int = VOCAB
+    weights: str = "spread"
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.weights} weights" if self.weights != "spread" else self.name
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).integers(0, self.vocab_size, N_TOKENS).astype(np.uint16)
+
+    @cached_property
+    def start(self) -> dict[str, np.ndarray]:
+        """The weights, torch's own draw, float32 by torch name."""
+        torch.manual_seed(self.seed)
+        model = GPT(self.config.model, self.vocab_size)
+        weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+        if self.weights == "zero":
+            return {name: np.zeros_like(p) for name, p in weights.items()}
+        if self.weights == "spread":
+            draw = np.random.default_rng(self.seed)
+            for name, p in weights.items():
+                weights[name] = p * 8 if p.ndim == 2 else p + 0.1 * draw.standard_normal(p.shape, np.float32)
+        return weights
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs and targets that the trainer's step takes, int32 [B, T] each."""
+        config = self.config
+        start_B = _window_starts(
+            self.seed_key(TRAIN), step, len(self.tokens), config.batch_size, config.model.block_size
+        )
+        window_BT = self.tokens[np.asarray(start_B)[:, None] + np.arange(config.model.block_size + 1)].astype(np.int32)
+        return window_BT[:, :-1], window_BT[:, 1:]
+
+    def masks(self, step: int) -> list[np.ndarray] | None:
+        """The dropout masks that the trainer's step draws, bool [B, T, C] each; None without dropout."""
+        config = self.config
+        if not config.model.dropout:
+            return None
+        step_key = jax.random.fold_in(self.seed_key(DROPOUT), step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, np.arange(config.batch_size))
+        shape = (config.model.block_size, config.model.n_embd)
+        sites = range(2 * config.model.n_layer + 1)
+        return [np.array(_keep_mask(keys, site, shape, config.model.dropout)) for site in sites]
+
+    def seed_key(self, stream: int) -> Any:
+        return stream_key(self.config.seed, stream)
+
+
+_window_starts = jax.jit(window_starts, static_argnums=(2, 3, 4))
+_keep_mask = jax.jit(keep_mask, static_argnums=(1, 2, 3))
+
+
+def small(name: str, preset: str = "minigpt", model: ModelConfig = SIZES, **changes: Any) -> Case:
+    """A case at the sizes above, other values from a preset."""
+    return Case(name, dataclasses.replace(PRESETS[preset], batch_size=BATCH, model=model, **changes))
+
+
+def preset_cases() -> list[Case]:
+    """Every preset with its documented model; the batch is smaller, for time, and differs from all other sizes."""
+    return [Case(name, dataclasses.replace(config, batch_size=BATCH), 65) for name, config in PRESETS.items()]
+
+
+# ---------------------------------------------------------------------------------------------------- the PyTorch side
+
+
+def torch_model(case: Case, precision: str, device: str = "cpu") -> GPT:
+    """The reference with the case's weights; its parameters float32 for bfloat16, which is a compute dtype only."""
+    model = GPT(case.config.model, case.vocab_size, torch.bfloat16 if precision == "bfloat16" else None)
+    model.load_state_dict({name: torch.tensor(p) for name, p in case.start.items()})
+    return model.to(device, TORCH_DTYPES[precision])
+
+
+def torch_batch(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [B, T] each."""
+    idx_BT, target_BT = case.batch(step)
+    return torch.from_numpy(idx_BT).long(), torch.from_numpy(target_BT).long()
+
+
+def torch_masks(case: Case, step: int) -> list[torch.Tensor] | None:
+    masks = case.masks(step)
+    return masks and [torch.from_numpy(mask) for mask in masks]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One batch's logits [B, T, V], mean loss, and gradients by torch name, as numpy."""
+
+    logits: np.ndarray
+    loss: float
+    grads: dict[str, np.ndarray]
+
+
+@cache
+def torch_results(case: Case, precision: str, step: int = 0, device: str = "cpu") -> Results:
+    """The reference's logits, loss and gradients of a step's batch."""
+    model = torch_model(case, precision, device)
+    idx_BT, target_BT = (x.to(device) for x in torch_batch(case, step))
+    keep = torch_masks(case, step)
+    keep = keep and [mask.to(device) for mask in keep]
+    logits = model(idx_BT, keep)
+    loss = mean_loss(model, idx_BT, target_BT, keep)
+    loss.backward()
+    grads = {name: p.grad.cpu().numpy() for name, p in model.named_parameters()}
+    return Results(logits.detach().cpu().numpy(), loss.item(), grads)
+
+
+class TorchTraining:
+    """The reference's loop over the case's batches."""
+
+    def __init__(self, case: Case, precision: str, clip: Any = torch.nn.utils.clip_grad_norm_):
+        self.case, self.clip, self.step = case, clip, 0
+        self.model = torch_model(case, precision)
+        self.optimizer = make_optimizer(self.model, case.config)
+
+    def run(self, n_steps: int) -> list[float]:
+        """The losses of the next steps."""
+        steps, case = range(self.step, self.step + n_steps), self.case
+        batch_of, keep_of = partial(torch_batch, case), partial(torch_masks, case)
+        self.step += n_steps
+        loop = train(self.model, self.optimizer, case.config, batch_of, steps, keep_of, self.clip)
+        return [loss for _, loss in loop]
+
+    def params(self) -> dict[str, np.ndarray]:
+        """The weights by torch name, copied."""
+        return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+
+
+# -------------------------------------------------------------------------------------------------------- the JAX side
+
+
+def program_of(case: Case, precision: str) -> Program:
+    """The trainer's program in float64, float32, or float32 weights with bfloat16 products."""
+    config = dataclasses.replace(case.config, dtype=precision)
+    if precision == "bfloat16":
+        return Program(config, case.vocab_size, Numerics(np.dtype("float32"), jax.numpy.dtype("bfloat16")))
+    return Program(config, case.vocab_size, Numerics(np.dtype(precision), np.dtype(precision)))
+
+
+def flax_params(case: Case, program: Program) -> dict[str, np.ndarray]:
+    """The case's weights under the Flax names, in the program's dtype."""
+    like = jax.eval_shape(program.init_state).params
+    dtype = program.numerics.param_dtype
+    return from_torch({name: p.astype(dtype) for name, p in case.start.items()}, like)
+
+
+def flax_results(case: Case, precision: str, step: int = 0) -> Results:
+    """Our logits, loss and gradients of a step's batch, through the functions that the trainer's step is made of."""
+    return flax_results_of([case], precision, step)[0]
+
+
+def flax_results_of(
+    cases: list[Case], precision: str, step: int = 0, compiler_options: dict[str, Any] | None = None
+) -> list[Results]:
+    """The same for several cases of one configuration, in one compiled program."""
+    program = program_of(cases[0], precision)
+
+    @partial(jax.jit, compiler_options=compiler_options)
+    def compute(params: Any, idx_BT: Any, target_BT: Any) -> Any:
+        keys = program.dropout_keys(jax.numpy.int32(step), ALONE)
+        logits_BTV = program.model(params)(idx_BT, keys)
+        return logits_BTV, *program.loss_and_grads(params, idx_BT, target_BT, keys, ALONE)
+
+    results = []
+    for case in cases:
+        logits, loss, grads = compute(flax_params(case, program), *case.batch(step))
+        results.append(Results(np.asarray(logits), float(loss), to_torch(grads)))
+    return results
+
+
+class FlaxTraining:
+    """The trainer's own compiled program over the case's tokens, from the case's weights."""
+
+    def __init__(self, case: Case, precision: str):
+        program = program_of(case, precision)
+        self.executor = parallel.Executor(program, jax.devices()[:1])
+        params = flax_params(case, program)
+        opt_state = program.optimizer.init(params)
+        self.state = self.executor.put(TrainState(np.int32(0), params, opt_state))
+        self.tokens_N = self.executor.put(case.tokens)
+
+    def run(self, n_steps: int) -> list[float]:
+        """The losses of the next steps, all in one dispatch."""
+        self.state, metrics = self.executor.updates(self.state, self.tokens_N, n_steps)
+        return metrics[:, 0].tolist()
+
+    def params(self) -> dict[str, np.ndarray]:
+        """The weights by torch name."""
+        return to_torch(self.state.params)
