@@ -1,6 +1,6 @@
-# make train | make test | make env | make bench.  `make train ARGS="--steps 20"` passes flags on.
+# make train | make parity | make test | make env | make bench.  `make train ARGS="--steps 20"` passes flags on.
 .DEFAULT_GOAL := help
-.PHONY: help train test env bench lint clean
+.PHONY: help train parity test env bench lint clean
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 
@@ -15,6 +15,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .
 
 help:
 	@echo 'make train   train a character GPT on tinyshakespeare (ARGS="--steps 20" passes flags on)'
+	@echo 'make parity  hold this machine against PyTorch, rung by rung (ARGS="--quick" for the core)'
 	@echo 'make test    run every test, those against PyTorch included'
 	@echo 'make env     build the complete environment in $(VENV) and stop'
 	@echo 'make bench   time a step against PyTorch on this machine'
@@ -22,6 +23,9 @@ help:
 
 train: $(VENV)/.core
 	$(VENV)/bin/python scripts/train.py --dataset tinyshakespeare,pydoc $(ARGS)
+
+parity: $(VENV)/.test
+	$(VENV)/bin/python scripts/parity.py $(ARGS)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest $(ARGS)
