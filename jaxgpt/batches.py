@@ -1,17 +1,24 @@
 """(tokens, seed, step) -> a batch. Pure, so that the same step sees the same batch whatever came before it.
 
-Axes: B windows of a batch, T time, J batches.
+Axes: N tokens, B windows of a batch, T time, K steps of one dispatch, J batches. A window is [T + 1]:
+inputs and targets.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxgpt.config import TrainConfig
+from jaxgpt.tokens import n_chunks
+
 # What a random stream is for. A stream's key depends on the run's seed and on this number alone.
-INIT, TRAIN, VALIDATION, DROPOUT, SAMPLE = range(5)
+INIT, TRAIN, VALIDATION, DROPOUT, SAMPLE, EXAMPLES = range(6)
+STARTS_AT_ONCE = 2**20  # windows that are drawn by one call, or brought to the device by one dispatch
 
 
 def stream_key(seed: int, stream: int) -> Array:
@@ -24,27 +31,127 @@ def window_starts(key: Array, step: Any, n_tokens: int, batch_size: int, block_s
     return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, n_tokens - block_size, dtype=jnp.int32)
 
 
-def windows(tokens_N: Array, start_B: Array, block_size: int) -> tuple[Array, Array]:
-    """Inputs and targets, int32 [B, T] each; the targets are the inputs shifted by one."""
-    at_BT = start_B[:, None] + jnp.arange(block_size + 1, dtype=jnp.int32)
-    window_BT = tokens_N[at_BT].astype(jnp.int32)
+def steps_at_once(batch_size: int) -> int:
+    """How many steps' windows are numbered together: at most 1024, and few of a large batch."""
+    return max(1, min(1024, STARTS_AT_ONCE // batch_size))
+
+
+class Resident(NamedTuple):
+    """Batches of some steps that are cut out of tokens on the device."""
+
+    tokens_N: Array
+    start_KB: Array  # int32
+
+
+class Streamed(NamedTuple):
+    """Batches of some steps that were cut on the host."""
+
+    window_KBT: Array  # [K, B, T + 1]
+
+
+Feed = Resident | Streamed
+
+
+def epoch_orders(seed: int, n: int) -> Callable[[int], np.ndarray]:
+    """Epoch -> the order in which it takes n things, int32 [n], a function of (seed, epoch)."""
+    key = stream_key(seed, TRAIN)
+    shuffled = jax.jit(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), n))
+    return lru_cache(2)(lambda epoch: np.asarray(shuffled(epoch)))
+
+
+class Order:
+    """Which windows each step takes, a function of (seed, step).
+
+    windows: uniform random, with replacement. Otherwise chunks of a block plus one at stride a block, all of them in an
+    order of its own in each epoch, a function of (seed, epoch); the last that fill no batch are left out.
+    """
+
+    def __init__(self, config: TrainConfig, n_tokens: int):
+        self.batch_size, self.block_size = config.batch_size, config.model.block_size
+        key = stream_key(config.seed, TRAIN)
+        if config.packing == "windows":
+            self.steps_per_epoch = None
+            assert n_tokens - self.block_size < 2**31, "int32 starts"
+            draw = jax.vmap(lambda step: window_starts(key, step, n_tokens, self.batch_size, self.block_size))
+            draw, self._at_once = jax.jit(draw), steps_at_once(self.batch_size)
+            self._drawn = lru_cache(4)(
+                lambda i: np.asarray(draw(self._at_once * i + np.arange(self._at_once, dtype=np.int32)))
+            )
+        else:
+            chunks = n_chunks(n_tokens, self.block_size)
+            self.steps_per_epoch = chunks // self.batch_size
+            assert self.steps_per_epoch, "fewer chunks than a batch"
+            self._chunks = epoch_orders(config.seed, chunks)
+
+    def starts(self, step: int, n_steps: int) -> np.ndarray:
+        """The starts of the windows of `n_steps` steps from `step` on, int64 [K, B]."""
+        starts = [self._starts(s) for s in range(step, step + n_steps)]
+        return np.array(starts, np.int64).reshape(n_steps, self.batch_size)
+
+    def _starts(self, step: int) -> np.ndarray:
+        if self.steps_per_epoch is None:
+            return self._drawn(step // self._at_once)[step % self._at_once]
+        epoch, at = divmod(step, self.steps_per_epoch)
+        chunk_B = self._chunks(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+        return chunk_B.astype(np.int64) * self.block_size
+
+
+def windows(tokens_N: Any, start_B: Any, block_size: int) -> Any:
+    """The windows [B, T + 1] at the starts, of the tokens' type; jax or numpy, as the starts are."""
+    np_or_jnp = np if isinstance(start_B, np.ndarray) else jnp
+    return tokens_N[start_B[:, None] + np_or_jnp.arange(block_size + 1, dtype=start_B.dtype)]
+
+
+def inputs_and_targets(window_BT: Any) -> tuple[Any, Any]:
+    """int32 [B, T] each; the targets are the inputs shifted by one."""
+    window_BT = window_BT.astype(jnp.int32)
     return window_BT[:, :-1], window_BT[:, 1:]
 
 
-def whole_split_starts(n_tokens: int, batch_size: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts of the non-overlapping windows that cover a split, the ragged rest left out.
+class Scored(NamedTuple):
+    """A batch to evaluate: windows, and which of their targets count."""
 
-    Returns:
-        start_JB, int32 [J, B], and real_JB, bool [J, B]: False for the windows that only fill up the last batch.
+    window_BT: np.ndarray  # [B, T + 1]
+    counts_BT: np.ndarray  # bool [B, T]
+
+
+def cut(tokens_N: np.ndarray, start_JB: np.ndarray, block_size: int) -> Iterator[Scored]:
+    """The batches of windows at the starts, all targets counted."""
+    for start_B in start_JB:
+        window_BT = windows(tokens_N, start_B.astype(np.int64), block_size)
+        yield Scored(window_BT, np.ones((len(start_B), block_size), bool))
+
+
+def whole_split(tokens_N: np.ndarray, batch_size: int, block_size: int, stride: int | None = None) -> Iterator[Scored]:
+    """Batches that count every target of a split once.
+
+    Args:
+        stride: None: non-overlapping windows of a block, the ragged rest left out, as documented. Else windows begin
+            `stride` apart, and each counts the targets that none before it has: with at least block_size - stride
+            tokens before them. The last window ends with the split.
     """
-    start = np.arange(0, n_tokens - block_size, block_size, dtype=np.int32)
-    n_batches = -(-len(start) // batch_size)
-    padded = np.zeros(n_batches * batch_size, np.int32)
-    padded[: len(start)] = start
-    real = np.arange(len(padded)) < len(start)
-    return padded.reshape(n_batches, batch_size), real.reshape(n_batches, batch_size)
+    assert stride is None or 1 <= stride <= block_size
+    n_tokens = len(tokens_N)
+    start_J = np.arange(0, n_tokens - block_size, stride or block_size)
+    counted_from_J = np.where(start_J == 0, 0, block_size - (stride or block_size))  # of a window's targets
+    if stride and (rest := (n_tokens - 1 - block_size) - start_J[-1]):
+        start_J = np.append(start_J, n_tokens - 1 - block_size)
+        counted_from_J = np.append(counted_from_J, block_size - rest)
+    for at in range(0, len(start_J), batch_size):
+        start_B = np.zeros(batch_size, np.int64)
+        from_B = np.full(batch_size, block_size)  # windows that only fill the last batch count nothing
+        part = slice(at, at + batch_size)
+        start_B[: len(start_J[part])], from_B[: len(start_J[part])] = start_J[part], counted_from_J[part]
+        yield Scored(windows(tokens_N, start_B, block_size), np.arange(block_size) >= from_B[:, None])
 
 
-def device_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The tokens in the smallest unsigned type that holds them, to spend little of the device's memory."""
-    return tokens.astype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32)
+def documents(idx_BT: Array, end_of_text: int) -> tuple[Array, Array]:
+    """Of packed inputs the document that each token belongs to, and its position within it, int32 [B, T] each.
+
+    A document's end-of-text token is its last. What stands before a window's start counts as no part of its first.
+    """
+    n_time = idx_BT.shape[1]
+    begins_BT = jnp.pad(idx_BT[:, :-1] == end_of_text, ((0, 0), (1, 0)))
+    at_T = jnp.arange(n_time, dtype=jnp.int32)
+    begun_at_BT = jax.lax.cummax(jnp.where(begins_BT, at_T, 0), axis=1)
+    return jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32), at_T - begun_at_BT

@@ -70,9 +70,20 @@ def restore(manager: Manager, like: TrainState, step: int, remedy: str) -> Train
         remedy: what the user is told to do if the checkpoint cannot be read.
 
     Raises:
-        UserError: no such checkpoint, or it cannot be read.
+        UserError: no such checkpoint, it cannot be read, or it is of another model or vocabulary.
     """
-    with _told(manager.directory / str(step), "cannot be read", remedy):
+    path = manager.directory / str(step)
+    with _told(path, "cannot be read", remedy):
+        with ocp.StandardCheckpointer() as reader:
+            there = reader.metadata(path / "default").item_metadata["params"]
+    for name, p in like.params.items():
+        if name in there and tuple(there[name].shape) != p.shape:
+            what = "vocabulary (tokenizer.json)" if name == "token_emb.embedding" else "model (config.json)"
+            raise UserError(
+                f"{path}: {name} is {list(there[name].shape)} in the checkpoint and {list(p.shape)} by the run's "
+                f"{what}; bring back the file that it was trained with"
+            )
+    with _told(path, "cannot be read", remedy):
         return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(like._asdict())))
 
 

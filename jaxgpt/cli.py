@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import tyro
 
-from jaxgpt.config import PRESETS, TrainConfig
+from jaxgpt.config import TrainConfig
 from jaxgpt.errors import LossNotFinite, UserError
+from jaxgpt.presets import PRESETS
 from jaxgpt.versions import require_sound_jaxlib
 
 Flags = TypeVar("Flags")
@@ -32,6 +33,8 @@ class TrainFlags(TrainConfig):
     """Folder to look for datasets in first."""
     overwrite: bool = False
     """Start again if --out-dir holds a run."""
+    loader: Literal["auto", "device", "host"] = "auto"
+    """Where the tokens are kept; the batches are the same. auto: on the device while they are few for its memory."""
 
 
 def config_of(flags: TrainConfig) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses whose every field is a flag of `scripts/train.py`, and the documented presets.
+"""The configuration: frozen dataclasses whose every field is a flag of `scripts/train.py` or `finetune.py`.
 
 A field's docstring is its help text. Values are checked at construction; the errors name the flag, the value and the
 remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` uses the same classes.
@@ -7,7 +7,7 @@ remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxgpt.errors import UserError
 
@@ -129,67 +129,8 @@ class OptimizerConfig:
                 not (value and ignored), name, value, f"has an effect only with {needed}; add that, or leave it out"
             )
 
-    @property
-    def decay(self) -> float:
-        """The weight decay in force."""
-        if self.weight_decay is None:
-            return 0.01 if self.optimizer == "adamw" else 0.0
-        return self.weight_decay
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """What is trained on, how long, and what is reported."""
-
-    preset: Literal["tinygpt", "minigpt"] = "minigpt"
-    """The documented loop whose values are the defaults of all other flags."""
-    dataset: str = "tinyshakespeare"
-    """tinyshakespeare, pydoc, or file:PATH (UTF-8 text); of a list a,b the first that can be had."""
-    tokenizer: Literal["char", "byte"] = "char"
-    """char: the text's distinct characters, sorted. byte: UTF-8 bytes."""
-    steps: int = 5000
-    """Updates."""
-    batch_size: int = 32
-    """Windows per update (B), over all devices."""
-    eval_every: int = 500
-    """Steps between reports with validation loss; the last step reports too."""
-    eval_batches: int = 10
-    """Random validation batches per report."""
-    checkpoint_every: int = 250
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 3
-    """How many of the latest checkpoints to keep; the one with the best validation loss stays besides."""
-    prompt: str | None = None
-    """What the sample at the end continues (default: "ROMEO:" where the vocabulary has it)."""
-    sample_tokens: int = 200
-    """Tokens of the sample at the end."""
-    seed: int = 1337
-    """Determines initial weights, batches, dropout masks and the sample."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Of the forward pass; master weights stay float32 (float64 in float64). auto: float32 on CPU, else bfloat16."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How one step spreads over all local devices: a sharded batch in one program, or jax.pmap."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-
-    def check_loop(self) -> None:
-        """Raises `UserError` for a value out of its range."""
-        _require_at_least(
-            1, self, "steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"
-        )
-        _require_at_least(1, self, "sample_tokens")
-        _require_at_most(10**6, self, "batch_size", "sample_tokens")
-        _require_at_most(10**4, self, "eval_batches")
-        _require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
-        _require_seed(self.seed)
-
-
-@dataclass(frozen=True)
-class TrainConfig(OptimizerConfig, LoopConfig):
-    """All that determines a run's numbers; saved as its `config.json`."""
-
-    def __post_init__(self):
-        self.check_loop()
-        self.check_optimizer()
+    def check_schedule(self, steps: int) -> None:
+        """Raises `UserError` for a schedule that `steps` updates cannot hold."""
         if self.schedule == "warmup-cosine":
             _require(
                 self.warmup_steps < self.cosine_end,
@@ -200,12 +141,186 @@ class TrainConfig(OptimizerConfig, LoopConfig):
         if self.schedule != "constant":
             _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
             # The rates are a table that goes into the compiled program.
-            _require(self.steps <= 10**7, "steps", self.steps, "with a schedule, give at most 10000000")
+            _require(steps <= 10**7, "steps", steps, "with a schedule, give at most 10000000")
 
     @property
     def cosine_end(self) -> int:
-        """The step at which the cosine reaches `min_lr`."""
+        """The step at which the cosine reaches `min_lr`; the class that extends this one has the `steps`."""
         return self.decay_steps or self.steps
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in force."""
+        if self.weight_decay is None:
+            return 0.01 if self.optimizer == "adamw" else 0.0
+        return self.weight_decay
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training has, of a language model or of a classifier."""
+
+    batch_size: int = 32
+    """Windows, or texts, per update (B), over all devices."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints to keep; the one with the best validation loss stays besides."""
+    seed: int = 1337
+    """Determines initial weights, batches, dropout masks and the sample."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the forward pass; master weights stay float32 (float64 in float64). auto: float32 on CPU, else bfloat16."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How one step spreads over all local devices: a sharded batch in one program, or jax.pmap."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether attention and loss stop at the ends of packed texts."""
+        return False
+
+    def check_run(self) -> None:
+        """Raises `UserError` for a value out of its range."""
+        _require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
+        _require_at_most(10**6, self, "batch_size")
+        _require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is trained on, and in what pieces."""
+
+    dataset: str = "tinyshakespeare"
+    """tinyshakespeare, pydoc, wikitext-2, wikitext-103, hf:NAME[:CONFIG], bin:DIR (nanoGPT's train.bin and val.bin), or
+    file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows); of a list a,b the first that can be had."""
+    text_column: str | None = None
+    """Of rows, the column that holds the texts (default: text)."""
+    tokenizer: str = "char"
+    """char: the text's distinct characters, sorted. byte: UTF-8 bytes. gpt2: GPT-2's byte pairs (50,257). bpe:N: byte
+    pairs trained on the corpus, N entries."""
+    min_chars: int = 0
+    """Of many texts only those of more characters, white space at the ends not counted."""
+    max_train_texts: int = 0
+    """Train on the first so many texts (0 = all)."""
+    max_val_texts: int = 0
+    """Validate on the first so many texts (0 = all)."""
+    max_val_tokens: int = 0
+    """Validate on the first so many tokens (0 = all): of a large corpus all take long."""
+    packing: Literal["windows", "chunks", "documents"] = "windows"
+    """windows: uniform random windows, with replacement. chunks: consecutive chunks of a block, shuffled anew each
+    epoch. documents: such chunks, in which attention and loss stop at the end of each text."""
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether attention and loss stop at the ends of packed texts."""
+        return self.packing == "documents"
+
+    def check_data(self) -> None:
+        """Raises `UserError` for a value out of its range."""
+        _require_at_least(0, self, "min_chars", "max_train_texts", "max_val_texts", "max_val_tokens")
+        entries = self.tokenizer.removeprefix("bpe:")
+        known = self.tokenizer in ("char", "byte", "gpt2") or (
+            self.tokenizer.startswith("bpe:") and entries.isdecimal() and entries.isascii() and len(entries) < 8
+        )
+        _require(known, "tokenizer", self.tokenizer, "choose of char, byte, gpt2, bpe:N")
+        if self.tokenizer.startswith("bpe:"):
+            _require(257 <= int(entries) <= 10**6, "tokenizer", self.tokenizer, "give bpe:N with N from 257 to 1000000")
+        if self.packing == "documents":
+            ends = self.tokenizer == "gpt2" or self.tokenizer.startswith("bpe:")
+            remedy = f"--tokenizer {self.tokenizer} has no end of text; give --tokenizer gpt2 or bpe:N"
+            _require(ends, "packing", self.packing, remedy)
+
+
+@dataclass(frozen=True)
+class LoopConfig(DataConfig, RunConfig):
+    """What is trained on, how long, and what is reported."""
+
+    preset: Literal["tinygpt", "minigpt", "wikitext2"] = "minigpt"
+    """The documented loop whose values are the defaults of all other flags."""
+    steps: int = 5000
+    """Updates; with --epochs at most so many."""
+    epochs: int = 0
+    """Passes over all chunks (0 = no limit but --steps)."""
+    eval_every: int = 500
+    """Steps between reports with validation loss (0 = after each epoch); the last step reports too."""
+    eval_batches: int = 10
+    """Random validation batches per report (0 = the whole split in order)."""
+    prompt: str | None = None
+    """What the sample at the end continues (default: "ROMEO:" where the vocabulary has it)."""
+    sample_tokens: int = 200
+    """Tokens of the sample at the end."""
+    sample_temperature: float = 1.0
+    """Temperature of the sample at the end."""
+    sample_top_k: int = 0
+    """Of the sample at the end: only the k most likely tokens (0 = all)."""
+
+    def check_loop(self) -> None:
+        """Raises `UserError` for a value out of its range."""
+        self.check_run()
+        self.check_data()
+        _require_at_least(1, self, "steps", "sample_tokens")
+        _require_at_least(0, self, "epochs", "eval_every", "eval_batches", "sample_top_k")
+        _require_at_most(10**6, self, "sample_tokens")
+        _require_at_most(10**4, self, "eval_batches")
+        _require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
+        temperature = self.sample_temperature
+        _require(0 <= temperature < math.inf, "sample_temperature", temperature, "give 0 or a positive number")
+        if self.packing == "windows":
+            remedy = "random windows have no epochs; add --packing chunks"
+            _require(not self.epochs, "epochs", self.epochs, remedy)
+            _require(self.eval_every > 0, "eval_every", self.eval_every, f"give at least 1; {remedy}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimizerConfig, LoopConfig):
+    """All that determines a run's numbers; saved as its `config.json`."""
+
+    def __post_init__(self):
+        self.check_loop()
+        if self.max_val_tokens:
+            remedy = f"less than a window of {self.model.block_size + 1}; raise it, or leave it out"
+            _require(self.max_val_tokens > self.model.block_size, "max_val_tokens", self.max_val_tokens, remedy)
+        self.check_optimizer()
+        self.check_schedule(self.steps)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(OptimizerConfig, RunConfig):
+    """All that determines the numbers of a classifier's run, but the weights it starts from; its `config.json`."""
+
+    dataset: str = "ag_news"
+    """ag_news, hf:NAME[:CONFIG], or file:PATH (.csv, .jsonl, .parquet)."""
+    test_dataset: str | None = None
+    """The texts to test on, file:PATH (default: the data's own test split, else a fifth of it, always the same)."""
+    text_column: str | None = None
+    """Of rows, the column that holds the texts, or several, a,b, that are joined (default: text)."""
+    label_column: str | None = None
+    """Of rows, the column that holds the classes (default: label)."""
+    train_samples: int = 0
+    """Train on so many texts, drawn by the seed (0 = all)."""
+    pool: Literal["last", "last_token", "mean"] = "last"
+    """What the head reads of the final-norm hidden states. last: the last position, which for a short text is padding,
+    as documented. last_token: the last real token's. mean: the real tokens' mean."""
+    max_tokens: int = 64
+    """Texts are cut after so many tokens, and padded to them on the right (T)."""
+    epochs: int = 5
+    """Passes over all training texts."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    steps: int = 0
+    """Updates: what the epochs come to."""
+
+    eval_every: ClassVar[int] = 0  # after each epoch
+
+    def __post_init__(self):
+        self.check_run()
+        self.check_optimizer()
+        _require_at_least(1, self, "max_tokens", "epochs")
+        _require_at_least(0, self, "train_samples")
+        remedy = f"more than the model's block of {self.model.block_size}; lower it"
+        _require(self.max_tokens <= self.model.block_size, "max_tokens", self.max_tokens, remedy)
+        if self.steps:
+            self.check_schedule(self.steps)
 
 
 @dataclass(frozen=True)
@@ -231,43 +346,27 @@ class SamplingConfig:
         _require_seed(self.seed)
 
 
-PRESETS = {
-    # Section 1 of docs/loops.md: the toy loop, one validation batch every 50 steps, clipped.
-    "tinygpt": TrainConfig(
-        preset="tinygpt",
-        steps=500,
-        clip=1.0,
-        eval_every=50,
-        eval_batches=1,
-        checkpoint_every=100,
-        model=ModelConfig(n_layer=4, n_head=4, n_embd=64, block_size=64),
-    ),
-    # Section 2: no clipping, constant rate.
-    "minigpt": TrainConfig(preset="minigpt"),
-}
-
-
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def to_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
     """The configuration as plain values, nested as the classes are."""
     return dataclasses.asdict(config)
 
 
-def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`. Raises `UserError` naming fields that are unknown or missing."""
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(values) ^ known):
-        raise UserError(f"config.json was written by another version: it differs in the fields {', '.join(unknown)}")
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    # Those that are missing came later; their defaults are the past.
-    if unknown := sorted(set(values["model"]) - known):
-        raise UserError(f"config.json was written by another version: it differs in the fields {', '.join(unknown)}")
-    return TrainConfig(**{**values, "model": ModelConfig(**values["model"])})
+def from_json(values: dict[str, Any]) -> TrainConfig | FinetuneConfig:
+    """The inverse of `to_json`. Raises `UserError` naming fields that are unknown."""
+    kind = FinetuneConfig if "pool" in values else TrainConfig
+    # Fields that are missing came later; their defaults are the past.
+    unknown = [name for name in values if name not in {f.name for f in dataclasses.fields(kind)}]
+    unknown += [name for name in values["model"] if name not in {f.name for f in dataclasses.fields(ModelConfig)}]
+    if unknown:
+        raise UserError(f"config.json was written by another version: it has the fields {', '.join(unknown)}")
+    return kind(**{**values, "model": ModelConfig(**values["model"])})
 
 
-def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """The fields in which two configurations differ: (dotted name, value in a, value in b)."""
     flat_a, flat_b = _flatten(to_json(a)), _flatten(to_json(b))
-    return [(name, flat_a[name], flat_b[name]) for name in flat_a if flat_a[name] != flat_b[name]]
+    names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
+    return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,22 +46,17 @@ class Display:
             status = f"loss {loss:.3f}{self._val_loss}  {tokens_per_s:,.0f} tokens/s"
             self._bar.update(self._task, completed=done, status=status)
         elif time.monotonic() - self._last_line > QUIET_SECONDS:
-            self.line(f"step {self._padded(done - 1)}  train loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s")
+            step = str(done - 1).zfill(len(str(self._total)))
+            self.line(f"step {step}  train loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s")
 
-    def report(self, report: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, as the write-ups print it: zero-padded step, three decimals."""
+    def report(self, report: dict[str, Any], line: str) -> None:
+        """A line of metrics.jsonl, and the same for a person."""
         self._val_loss = f"  val {report['val_loss']:.3f}"
         if self._bar is not None:
             self.progress(report["step"] + 1, report["train_loss"], report["tokens_per_s"])
-        self.line(
-            f"step {self._padded(report['step'])}  train loss {report['train_loss']:.3f}  val loss "
-            f"{report['val_loss']:.3f}  val ppl {report['val_ppl']:.2f}  {report['tokens_per_s']:,.0f} tokens/s"
-        )
+        self.line(line)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _padded(self, step: int) -> str:
-        return str(step).zfill(len(str(self._total)))

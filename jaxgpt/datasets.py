@@ -1,39 +1,27 @@
-"""A dataset's name -> its text and its tokens of train and validation: find, download, verify, tokenise.
+"""A dataset's name -> its texts: find, download, verify.
 
-Names: `tinyshakespeare`; `pydoc`, the language reference inside every Python; `file:PATH`, any UTF-8 text.
-`a,b` takes the first that can be had.
+Names: `tinyshakespeare`; `pydoc`, the language reference inside every Python; `wikitext-2`, `wikitext-103`;
+`hf:NAME[:CONFIG]`, the hub's parquet datasets; `bin:DIR`, nanoGPT's train.bin and val.bin; `file:PATH`, UTF-8 text, or
+rows with a column of texts in CSV, JSON lines or parquet. `a,b` takes the first that can be had.
 """
 
 import hashlib
 import os
-import socket
-import tempfile
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
+from jaxgpt.data_files import (
+    NotAvailable,
+    Remote,
+    data_folders,
+    find,
+    is_kind,
+    require_folder,
+    sha256_of,
+)
 from jaxgpt.errors import UserError
-from jaxgpt.tokenizer import Tokenizer
-
-TRAIN_FRACTION = 0.9  # the first 90 % train, the rest validates, as documented
-DOCUMENTED_PROMPT = "ROMEO:"
-CHECKOUT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A corpus that is one file on the network."""
-
-    url: str
-    sha256: str
-    file: str  # below a data folder
-
+from jaxgpt.texts import TABLES, Texts, hub_splits, lines, require_columns, rows, text_pieces, texts_of
 
 REMOTES = {
     "tinyshakespeare": Remote(
@@ -42,46 +30,67 @@ REMOTES = {
         file="tinyshakespeare/input.txt",
     )
 }
-NAMES = (*REMOTES, "pydoc", "file:PATH")
+# One text a line, in files of a data folder; else from the hub.
+LINE_SETS = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
+}
+LINE_FILES = {  # by split, in the releases' and in plain names
+    "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
+    "validation": ("valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
+    "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
+}
+NAMES = (*REMOTES, "pydoc", *LINE_SETS, "hf:NAME[:CONFIG]", "bin:DIR", "file:PATH")
+DEFAULT_COLUMN = "text"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and where it came from."""
+    """Texts and where they came from."""
 
     name: str  # as in a configuration: the one that was taken of a list, a file's path made absolute
-    text: str
-    sha256: str  # of the text's UTF-8 bytes
+    sha256: str  # tells this data from any other: of a single text that of its UTF-8 bytes
     source: str
+    splits: Mapping[str, Texts] = field(compare=False, repr=False)  # "train" and "validation", or "all"
+    documents: bool = False  # each text stands for itself and is ended by the end-of-text token, where there is one
+    bins: Mapping[str, Path] = field(default_factory=dict)  # in place of texts: tokens by split, in files of uint16
+
+    @property
+    def text(self) -> str:
+        """All of it, train first. For corpora that fit the memory."""
+        return "".join(text for texts in self.splits.values() for text in texts())
 
 
-class NotAvailable(UserError):
-    """The dataset exists but cannot be had here; of a list, the next is tried."""
+def of_text(name: str, text: str, source: str) -> Corpus:
+    """A text that is at hand."""
+    return Corpus(name, hashlib.sha256(text.encode()).hexdigest(), source, {"all": lambda: iter([text])})
 
 
-def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None]) -> Corpus:
+def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None], text_column: str | None = None) -> Corpus:
     """The first dataset of a comma-separated list that can be had.
 
     Args:
         spec: a dataset's name, or several separated by commas.
         data_dir: a folder to look in before all others, or None.
         say: takes the one line that tells which of several was taken.
+        text_column: of rows, the column that holds the texts; None for "text".
 
     Raises:
         UserError: an unknown name, or no dataset of the list can be had.
     """
     # A path may itself hold a comma: a single existing file wins over reading the name as a list.
-    if data_dir is not None and not _is(Path.is_dir, data_dir):
-        raise UserError(f"--data-dir {data_dir}: no such folder; create it or leave the flag out")
-    whole_is_file = spec.startswith("file:") and _is(Path.is_file, _path_of(spec))
-    names = [spec] if whole_is_file else [name.strip() for name in spec.split(",")]
+    require_folder(data_dir)
+    whole_is_path = spec.startswith(("file:", "bin:")) and is_kind(Path.exists, path_of(spec))
+    names = [spec] if whole_is_path else [name.strip() for name in spec.split(",")]
     for name in names:
-        if name not in REMOTES and name != "pydoc" and not name.startswith("file:"):
+        if name not in (*REMOTES, *LINE_SETS, "pydoc") and not name.startswith(("file:", "hf:", "bin:")):
             raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
+        if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLES):
+            raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
     refusals = []
     for name in names:
         try:
-            corpus = _load_one(name, data_dir, say)
+            corpus = _load_one(name, data_dir, say, text_column or DEFAULT_COLUMN)
         except NotAvailable as e:
             refusals.append(str(e))
             continue
@@ -91,92 +100,60 @@ def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None]) ->
     raise NotAvailable("; ".join(refusals))
 
 
-def split_tokens(corpus: Corpus, tokenizer: Tokenizer, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train and validation tokens, int32 each. Raises `UserError` if either cannot fill one window and its target."""
-    tokens = tokenizer.encode(corpus.text)
-    n_train = int(TRAIN_FRACTION * len(tokens))
-    train, validation = tokens[:n_train], tokens[n_train:]
-    needed = block_size + 1
-    if len(train) < needed or len(validation) < needed:
-        raise UserError(
-            f"--dataset {corpus.name}: too short: {len(train)} training and {len(validation)} validation tokens, each "
-            f"must hold a block plus one ({needed}); give a longer text or a smaller --model.block-size"
-        )
-    return train, validation
-
-
-def sample_prompt(given: str | None, tokenizer: Tokenizer, corpus: Corpus) -> str:
-    """What a run's sample continues: the documented prompt where the vocabulary has it, unless one is given.
-
-    Raises:
-        UserError: the given `--prompt` has characters outside the vocabulary.
-    """
-    try:
-        tokenizer.encode(given or DOCUMENTED_PROMPT)
-    except UserError as e:
-        if given:
-            raise UserError(f"--prompt: {e}") from None
-        return corpus.text[0]
-    return given or DOCUMENTED_PROMPT
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this project."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "jaxgpt"
-    except RuntimeError:  # neither HOME nor an entry for this user
-        return Path(tempfile.gettempdir()) / f"jaxgpt-{os.getuid()}"
-
-
-def _path_of(name: str) -> Path:
-    """The path of a `file:PATH`."""
-    path = Path(name.removeprefix("file:"))
+def path_of(name: str) -> Path:
+    """The path of a `file:PATH` or `bin:DIR`."""
+    path = Path(name.partition(":")[2])
     try:
         return path.expanduser()
     except RuntimeError:  # ~ of a user that does not exist
         return path
 
 
-def _is(kind: Callable[[Path], bool], path: Path) -> bool:
-    """Path.is_file or Path.is_dir, False also where the path cannot be looked at."""
-    try:
-        return kind(path)
-    except (OSError, ValueError):
-        return False
+def absolute(name: str) -> str:
+    """A dataset's name with the paths in it made absolute, so that a run finds it from any folder."""
+    if name.startswith("hf:"):
+        folder = Path(name.removeprefix("hf:"))
+        return f"hf:{folder.resolve()}" if is_kind(Path.is_dir, folder) else name
+    return f"{name.partition(':')[0]}:{path_of(name).resolve()}" if name.startswith(("file:", "bin:")) else name
 
 
-def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None]) -> Corpus:
+def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None], column: str) -> Corpus:
+    named = f"--dataset {name}"
     if name == "pydoc":
         return _pydoc()
+    if name in LINE_SETS:
+        return _line_set(name, named, data_dir, say)
+    if name.startswith("hf:"):
+        return _hub(absolute(name), name.removeprefix("hf:"), named, column)
+    if name.startswith("bin:"):
+        return _bins(path_of(name), named)
     if name.startswith("file:"):
-        path = _path_of(name)
-        return replace(_corpus(name, _read(path, name), str(path)), name=f"file:{path.resolve()}")
-    path = _find(name, data_dir, say)
-    return _corpus(name, path.read_bytes(), os.path.abspath(path))
+        path = path_of(name)
+        corpus = _table(path, named, column) if path.suffix.lower() in TABLES else _text(path, named)
+        return replace(corpus, name=absolute(name))
+    path = find(REMOTES[name], named, data_folders(data_dir), say, "--dataset pydoc", own="--dataset file:")
+    return replace(_text(path, named), name=name, source=os.path.abspath(path))
 
 
-def _corpus(name: str, data: bytes, source: str) -> Corpus:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"--dataset {name}: not UTF-8 text (byte {e.start}); convert it, for instance with iconv -t UTF-8"
-        ) from None
-    if not text:
-        raise UserError(f"--dataset {name}: the file is empty; give one with text")
-    return Corpus(name, text, hashlib.sha256(data).hexdigest(), source)
+def _text(path: Path, named: str) -> Corpus:
+    digest = hashlib.sha256()
+    for piece in text_pieces(path, named):
+        digest.update(piece.encode())
+    if digest.digest() == hashlib.sha256().digest():
+        raise UserError(f"{named}: the file is empty; give one with text")
+    return Corpus("", digest.hexdigest(), str(path), {"all": lambda: text_pieces(path, named)})
 
 
-def _read(path: Path, name: str) -> bytes:
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"--dataset {name}: a pipe or a device; give a regular file")
-        return path.read_bytes()
-    except (FileNotFoundError, ValueError):  # the latter: a name with a NUL
-        raise NotAvailable(f"--dataset {name}: no such file; check the path") from None
-    except OSError as e:
-        raise UserError(f"--dataset {name}: cannot be read ({e.strerror}); give a readable text file") from None
+def _table(path: Path, named: str, column: str) -> Corpus:
+    def texts() -> Iterator[str]:
+        return texts_of(rows(path, [column], _column_named(named, column)), _column_named(named, column))
+
+    return Corpus("", _digest({"all": texts}, column), str(path), {"all": texts}, documents=True)
+
+
+def _column_named(named: str, column: str) -> str:
+    """Errors about a column begin with its flag."""
+    return f"{named} --text-column {column}"
 
 
 def _pydoc() -> Corpus:
@@ -185,94 +162,79 @@ def _pydoc() -> Corpus:
     except ImportError:
         raise NotAvailable("--dataset pydoc: this Python comes without pydoc_data; use file:PATH") from None
     text = "\n".join(topics.topics[topic] for topic in sorted(topics.topics))
-    return _corpus("pydoc", text.encode(), "pydoc_data.topics of this Python")
+    return of_text("pydoc", text, "pydoc_data.topics of this Python")
 
 
-def _folders(data_dir: Path | None) -> list[Path]:
-    """Where data is looked for, in order; the cache last."""
-    from_env = os.environ.get("JAXGPT_DATA_DIR")
-    folders = [data_dir, Path(from_env) if from_env else None]
-    # Beside the working folder, and beside the checkout, so that a script works from any folder.
-    folders += [base / folder for folder in ("data", "../shared/data") for base in (Path(), CHECKOUT)]
-    distinct = {os.path.abspath(f): f for f in folders if f is not None}
-    return [*distinct.values(), cache_folder() / "data"]
-
-
-def _find(name: str, data_dir: Path | None, say: Callable[[str], None]) -> Path:
-    """The verified file of a remote dataset: from the folders, else downloaded into the cache."""
-    remote = REMOTES[name]
-    folders = _folders(data_dir)
+def _line_set(name: str, named: str, data_dir: Path | None, say: Callable[[str], None]) -> Corpus:
+    """From the first data folder that holds two splits of it, else from the hub."""
+    folders = data_folders(data_dir)
     for folder in folders:
-        path = folder / remote.file
-        if not _is(Path.is_file, path):
-            continue
-        digest = hashlib.sha256(_read(path, name)).hexdigest()
-        if digest == remote.sha256:
-            return path
-        if folder is not folders[-1]:
-            raise UserError(
-                f"--dataset {name}: {path} is another file (sha256 {digest[:12]}..., expected "
-                f"{remote.sha256[:12]}...); remove it, or train on it with --dataset file:{path}"
+        found = {}
+        for split, files in LINE_FILES.items():
+            there = [folder / name / file for file in files if is_kind(Path.is_file, folder / name / file)]
+            found.update({split: there[0]} if there else {})
+        if "train" not in found and len(found) == 2:
+            say(
+                f"{os.path.abspath(folder / name)}: no train split; {found['validation'].name} trains, "
+                f"{found['test'].name} validates"
             )
-        say(f"dataset: {path} is damaged; downloading it again")
-    path = folders[-1] / remote.file
-    if refusal := _unreachable(remote.url):
-        looked = ", ".join(os.path.abspath(f) for f in folders)
-        raise NotAvailable(
-            f"--dataset {name}: not on this machine and no network ({refusal}); looked for {remote.file} in {looked}; "
-            f"put the file from {remote.url} into one of them, or use --dataset pydoc"
-        )
-    _download(name, remote, path)
-    return path
-
-
-def _unreachable(url: str, seconds: float = 3.0) -> str | None:
-    """Why a URL does not answer within the time, or None if it does.
-
-    Asked before the download because the libraries' own time-outs are minutes; in a thread because looking up a
-    host's name cannot be given a time-out.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    answer = ["no answer"]
-
-    def ask():
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-                answer[0] = None
-        except urllib.error.HTTPError as e:
-            answer[0] = f"{e.code} {e.reason}"
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "reason", e)
-            host = urllib.parse.urlsplit(url).hostname
-            answer[0] = f"{host} not found" if isinstance(reason, socket.gaierror) else str(reason)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answer[0]
-
-
-def _download(name: str, remote: Remote, path: Path) -> None:
-    """Downloads with a progress bar, verifies, and only then moves the file to its place."""
-    from datasets import DownloadConfig, DownloadManager
-
+            found = {"train": found["validation"], "validation": found["test"]}
+        if "train" in found and len(found) > 1:
+            paths = {"train": found["train"], "validation": found.get("validation") or found["test"]}
+            splits = {split: _lines_of(path, named) for split, path in paths.items()}
+            digest = hashlib.sha256("".join(sha256_of(path, named) for path in paths.values()).encode()).hexdigest()
+            return Corpus(name, digest, os.path.abspath(paths["train"]), splits, documents=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            config = DownloadConfig(cache_dir=folder, max_retries=3, download_desc=name)
-            fetched = Path(DownloadManager(download_config=config).download(remote.url))
-            digest = hashlib.sha256(fetched.read_bytes()).hexdigest()
-            if digest != remote.sha256:
-                raise NotAvailable(
-                    f"--dataset {name}: what {remote.url} sent is not the corpus (sha256 {digest[:12]}..., expected "
-                    f"{remote.sha256[:12]}...); try again, or use --dataset pydoc"
-                )
-            os.replace(fetched, path)
-    except UserError:
-        raise
-    except Exception as e:  # the library's and its transports' errors have no common base class
-        raise NotAvailable(
-            f"--dataset {name}: the download into {path.parent} failed ({type(e).__name__}: {str(e).splitlines()[0]}); "
-            f"try again, put the file there yourself from {remote.url}, or use --dataset pydoc"
-        ) from e
+        return replace(_hub(name, LINE_SETS[name], named, DEFAULT_COLUMN), name=name)
+    except NotAvailable as e:
+        looked = ", ".join(os.path.abspath(folder / name) for folder in folders)
+        files = " and ".join(files[0] for files in list(LINE_FILES.values())[:2])
+        raise NotAvailable(f"{e}; {files} were looked for in {looked}") from None
+
+
+def _lines_of(path: Path, named: str) -> Texts:
+    return lambda: lines(path, named)
+
+
+def _hub(name: str, spec: str, named: str, column: str) -> Corpus:
+    loaded = hub_splits(spec, named)
+    if "train" not in loaded:
+        raise UserError(f"{named}: no train split; it has {', '.join(loaded)}; give its files with file:PATH")
+    require_columns([column], loaded["train"].column_names, _column_named(named, column))
+
+    def texts_in(split: str) -> Texts:
+        def values() -> Iterator[tuple]:
+            for batch in loaded[split].select_columns([column]).iter(1024):
+                yield from zip(batch[column], strict=True)
+
+        return lambda: texts_of(values(), _column_named(named, column))
+
+    held_out = next((split for split in ("validation", "valid", "val", "test") if split in loaded), None)
+    splits = {"train": texts_in("train"), "validation": texts_in(held_out)} if held_out else {"all": texts_in("train")}
+    return Corpus(name, _digest(splits, column), f"hf:{spec}", splits, documents=True)
+
+
+def _digest(splits: Mapping[str, Texts], column: str) -> str:
+    """Of all texts with their borders."""
+    digest = hashlib.sha256(column.encode())
+    for split, texts in splits.items():
+        digest.update(f"\0{split}".encode())
+        for text in texts():
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(f"\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
+def _bins(folder: Path, named: str) -> Corpus:
+    """nanoGPT's files: tokens of one split each, uint16, nothing else."""
+    paths = {"train": folder / "train.bin", "validation": folder / "val.bin"}
+    for path in paths.values():
+        if not is_kind(Path.is_file, path):
+            raise NotAvailable(f"{named}: no {path.name} there; give a folder with train.bin and val.bin")
+        if not path.stat().st_size or path.stat().st_size % 2:
+            raise UserError(
+                f"{named}: {path.name} has {path.stat().st_size} bytes, no whole number of uint16 tokens; write it "
+                "again"
+            )
+    digest = hashlib.sha256("".join(sha256_of(path, named) for path in paths.values()).encode()).hexdigest()
+    return Corpus(f"bin:{folder.resolve()}", digest, str(folder.resolve() / "train.bin"), {}, True, paths)

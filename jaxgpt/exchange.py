@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxgpt import checkpoint, convert, parallel, run_folder, tensor_files
 from jaxgpt.config import TrainConfig
-from jaxgpt.datasets import Corpus, cache_folder, split_tokens
+from jaxgpt.data_files import cache_folder
+from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError
-from jaxgpt.tokenizer import make_tokenizer
+from jaxgpt.tokens import prepare
 from jaxgpt.train_step import Program, TrainState
 from jaxgpt.trained import open_trained
 
@@ -26,6 +27,7 @@ def import_run(
     out: Path,
     overwrite: bool,
     say: Callable[[str], None],
+    data_dir: Path | None = None,
 ) -> None:
     """Makes a run folder whose only checkpoint holds the files' weights and optimiser state.
 
@@ -39,12 +41,14 @@ def import_run(
     for flag, path in (("--weights", weights), ("--optimizer-state", optimizer_state)):
         if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise UserError(f"{flag} {path}: lies in --out {out}, which is made anew; move the file out of there")
-    tokenizer = make_tokenizer(config.tokenizer, corpus.text)
-    split_tokens(corpus, tokenizer, config.model.block_size)  # refuses a text that is too short
+    config, data = prepare(config, corpus, data_dir, say)  # refuses a text that is too short
+    tokenizer = data.tokenizer
     parallel.prepare(config, cache_folder() / "xla")
     numerics = parallel.numerics(config)
     config = dataclasses.replace(config, dtype=np.dtype(numerics.compute_dtype).name)
-    executor = parallel.Executor(Program(config, tokenizer.vocab_size, numerics), parallel.one_device())
+    executor = parallel.Executor(
+        Program(config, tokenizer.vocab_size, numerics, tokenizer.end_of_text), parallel.one_device()
+    )
     state = _read_state(executor, weights, optimizer_state)
     done = int(state.step)
     if done > config.steps:

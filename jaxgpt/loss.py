@@ -6,6 +6,7 @@ Axes: N tokens of a flattened batch, V vocabulary.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn import logsumexp
 
@@ -27,6 +28,11 @@ def cross_entropy(logits_NV: Array, target_N: Array, weight_N: Array | None = No
         return loss_N.sum(), jnp.asarray(loss_N.size, loss_N.dtype)
     weight_N = weight_N.astype(loss_N.dtype)
     return (loss_N * weight_N).sum(), weight_N.sum()
+
+
+def mean_of_batches(sums_J2: np.ndarray) -> float:
+    """The mean of batches' mean losses, of their sums and counts [J, 2]: a smaller last batch counts as one, too."""
+    return float((sums_J2[:, 0] / sums_J2[:, 1]).mean())
 
 
 def perplexity(mean_loss: float) -> float:

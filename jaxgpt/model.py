@@ -7,6 +7,7 @@ compute dtype (bfloat16 on accelerators); every change of dtype is a line with a
 GELU and logits are computed in the stream's dtype.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,9 +90,17 @@ def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm
 
 
 def causal_attention(
-    q_BTHD: Array, k_BSHD: Array, v_BSHD: Array, start: Array | int, implementation: AttentionImplementation
+    q_BTHD: Array,
+    k_BSHD: Array,
+    v_BSHD: Array,
+    start: Array | int,
+    implementation: AttentionImplementation,
+    document_BT: Array | None = None,
 ) -> Array:
     """softmax(q k' / sqrt(D)) v, where the query at time start + t sees the keys at times 0..start + t.
+
+    Args:
+        document_BT: of packed documents the number of each token's; a query then sees the keys of its own only.
 
     Returns:
         [B, T, H, D] in the inputs' dtype.
@@ -104,7 +113,10 @@ def causal_attention(
     stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
     score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
     seen_TS = jnp.arange(n_keys) <= start + jnp.arange(n_queries)[:, None]
-    score_BHTS = jnp.where(seen_TS, score_BHTS * head_size**-0.5, -jnp.inf)
+    seen = (
+        seen_TS if document_BT is None else seen_TS & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+    )
+    score_BHTS = jnp.where(seen, score_BHTS * head_size**-0.5, -jnp.inf)
     att_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
     return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
 
@@ -139,7 +151,14 @@ class Attention(nnx.Module):
         self.Wv = linear(n_embd, n_embd, config, numerics, rngs)
         self.Wo = linear(n_embd, n_embd, config, numerics, rngs, residual_init(config))
 
-    def __call__(self, x_NC: Array, n_rows: int, cache: tuple[Array, Array] | None, start: Array | int):
+    def __call__(
+        self,
+        x_NC: Array,
+        n_rows: int,
+        cache: tuple[Array, Array] | None,
+        start: Array | int,
+        document_BT: Array | None = None,
+    ):
         """The branch's output [N, C], and the cache with this call's keys and values written at `start`."""
         head_size = x_NC.shape[-1] // self.n_head
         q, k, v = (W(x_NC).reshape(n_rows, -1, self.n_head, head_size) for W in (self.Wq, self.Wk, self.Wv))
@@ -149,7 +168,7 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)
-        out_BTHD = causal_attention(q, k, v, start, self.implementation)
+        out_BTHD = causal_attention(q, k, v, start, self.implementation, document_BT)
         return self.Wo(out_BTHD.reshape(x_NC.shape)), cache
 
 
@@ -176,8 +195,16 @@ class Block(nnx.Module):
         self.ln2 = layer_norm(config.n_embd, numerics, rngs)
         self.mlp = MLP(config, numerics, rngs)
 
-    def __call__(self, x_NC: Array, n_rows: int, row_key_B: Array | None, cache, start: Array | int):
-        branch, cache = self.attn(self.ln1(x_NC), n_rows, cache, start)
+    def __call__(
+        self,
+        x_NC: Array,
+        n_rows: int,
+        row_key_B: Array | None,
+        cache: tuple[Array, Array] | None,
+        start: Array | int,
+        document_BT: Array | None = None,
+    ):
+        branch, cache = self.attn(self.ln1(x_NC), n_rows, cache, start, document_BT)
         branch = branch.astype(x_NC.dtype)  # cast: back to the stream's dtype
         x_NC = x_NC + dropout(branch, self.dropout, row_key_B, 2 * self.index + 1)
         branch = self.mlp(self.ln2(x_NC)).astype(x_NC.dtype)  # cast: back to the stream's dtype
@@ -210,7 +237,13 @@ class GPT(nnx.Module):
             )
 
     def hidden(
-        self, idx_BT: Array, row_key_B: Array | None = None, cache: Cache | None = None, start: Array | int = 0
+        self,
+        idx_BT: Array,
+        row_key_B: Array | None = None,
+        cache: Cache | None = None,
+        start: Array | int = 0,
+        document_BT: Array | None = None,
+        position_BT: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """The final-norm hidden states [B, T, C] of tokens at positions start..start + T - 1.
 
@@ -221,14 +254,15 @@ class GPT(nnx.Module):
             idx_BT: token ids; an id outside the vocabulary gives NaN (the host checks text before it comes here).
             row_key_B: dropout keys, one per row; None for evaluation.
             cache: keys and values of positions before `start`; None to see only this call's tokens.
+            document_BT, position_BT: of packed documents, as from `batches.documents`.
         """
         n_rows, n_time = idx_BT.shape
         position_T = start + jnp.arange(n_time, dtype=jnp.int32)
-        x_BTC = self.token_emb(idx_BT) + self.pos_emb(position_T)
+        x_BTC = self.token_emb(idx_BT) + self.pos_emb(position_T if position_BT is None else position_BT)
         x_NC = dropout(x_BTC.reshape(n_rows * n_time, -1), self.dropout, row_key_B, 0)
         new_cache = []
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x_NC, block_cache = block(x_NC, n_rows, row_key_B, block_cache, start)
+            x_NC, block_cache = block(x_NC, n_rows, row_key_B, block_cache, start, document_BT)
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
 
@@ -240,31 +274,76 @@ class GPT(nnx.Module):
         operands = (a.astype(self.compute_dtype) for a in (x_BTC, weight_VC))  # cast: as in an untied head
         return jnp.einsum("...C,VC->...V", *operands, preferred_element_type=weight_VC.dtype)
 
-    def __call__(self, idx_BT: Array, row_key_B: Array | None = None) -> Array:
-        """Logits [B, T, V] in the parameters' dtype."""
-        return self.logits(self.hidden(idx_BT, row_key_B)[0])
+    def __call__(
+        self,
+        idx_BT: Array,
+        row_key_B: Array | None = None,
+        document_BT: Array | None = None,
+        position_BT: Array | None = None,
+    ) -> Array:
+        """Logits [B, T, V] in the parameters' dtype; arguments as in `hidden`."""
+        x_BTC, _ = self.hidden(idx_BT, row_key_B, document_BT=document_BT, position_BT=position_BT)
+        return self.logits(x_BTC)
 
 
-def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics):
+class Classifier(GPT):
+    """The GPT with a head over classes in place of the one over tokens."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, numerics: Numerics, rngs: nnx.Rngs, n_classes: int):
+        super().__init__(dataclasses.replace(config, tied_head=True), vocab_size, numerics, rngs)  # no head over tokens
+        exact = Numerics(numerics.param_dtype, numerics.param_dtype)
+        self.classifier = linear(config.n_embd, n_classes, config, exact, rngs)
+
+    def __call__(self, idx_BT: Array, length_B: Array, pool: str, row_key_B: Array | None = None) -> Array:
+        """Logits [B, classes] of texts that are padded on the right, in the parameters' dtype.
+
+        Args:
+            idx_BT: token ids, the padding an id of the vocabulary.
+            length_B: how many are real, at least one.
+            pool: as in `FinetuneConfig.pool`.
+        """
+        x_BTC, _ = self.hidden(idx_BT, row_key_B)
+        if pool == "last":
+            x_BC = x_BTC[:, -1]
+        elif pool == "last_token":
+            x_BC = jnp.take_along_axis(x_BTC, (length_B - 1)[:, None, None], axis=1)[:, 0]
+        else:
+            real_BT1 = (jnp.arange(idx_BT.shape[1]) < length_B[:, None])[..., None]
+            x_BC = jnp.sum(x_BTC * real_BT1, axis=1) / length_B[:, None].astype(x_BTC.dtype)
+        return self.classifier(x_BC)
+
+
+def build(config: ModelConfig, vocab_size: int, numerics: Numerics, rngs: nnx.Rngs, n_classes: int | None) -> GPT:
+    """The language model, or with `n_classes` the classifier."""
+    if n_classes is None:
+        return GPT(config, vocab_size, numerics, rngs)
+    return Classifier(config, vocab_size, numerics, rngs, n_classes)
+
+
+def abstract_model(config: ModelConfig, vocab_size: int, numerics: Numerics, n_classes: int | None = None):
     """The graph definition and the parameters' paths, without computing anything."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, vocab_size, numerics, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, vocab_size, numerics, nnx.Rngs(0), n_classes)))
     return graphdef, [path for path, _ in nnx.to_flat_state(state)]
 
 
-def init_params(key: Array, config: ModelConfig, vocab_size: int, numerics: Numerics) -> dict[str, Array]:
+def init_params(
+    key: Array, config: ModelConfig, vocab_size: int, numerics: Numerics, n_classes: int | None = None
+) -> dict[str, Array]:
     """The initial parameters by dotted name, as `config.init` says; norms 1 and 0.
 
     Drawn in float32 for every dtype, so that a float64 model starts from the same weights.
     """
-    _, state = nnx.split(GPT(config, vocab_size, Numerics(), nnx.Rngs(key)))
+    _, state = nnx.split(build(config, vocab_size, Numerics(), nnx.Rngs(key), n_classes))
     return {_dotted(path): variable[...].astype(numerics.param_dtype) for path, variable in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, vocab_size: int, numerics: Numerics) -> Callable[[Params], GPT]:
+def bind(
+    config: ModelConfig, vocab_size: int, numerics: Numerics, n_classes: int | None = None
+) -> Callable[[Params], Any]:
     """A function that gives the model over given parameters, for use inside jit: split once, merged while tracing."""
-    graphdef, paths = abstract_model(config, vocab_size, numerics)
+    graphdef, paths = abstract_model(config, vocab_size, numerics, n_classes)
 
-    def model(params: Params) -> GPT:
+    def model(params: Params) -> Any:
         assert len(params) == len(paths), "parameters of another model"
         return nnx.merge(graphdef, nnx.from_flat_state([(path, params[_dotted(path)]) for path in paths]))
 

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxgpt.config import OptimizerConfig, TrainConfig
+from jaxgpt.config import OptimizerConfig
 from jaxgpt.model import Params
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int) -> float:
     """The rate of update `step`, counted from 0, in double precision; the one definition of all schedules.
 
     constant: lr. cosine: min_lr + (lr - min_lr) (1 + cos(pi step / end)) / 2, as torch's CosineAnnealingLR stepped
@@ -30,7 +30,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def optax_schedule(config: TrainConfig) -> optax.Schedule:
+def optax_schedule(config: OptimizerConfig) -> optax.Schedule:
     """`learning_rate` for optax: a table, because a float32 cosine on the device would differ from it."""
     if config.schedule == "constant":
         return optax.constant_schedule(config.lr)
@@ -47,7 +47,7 @@ def decay_mask(params: Params, which: str) -> dict[str, bool]:
     }
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping by global norm (before all else), then AdamW or SGD as torch.optim defines them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),

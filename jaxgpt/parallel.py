@@ -7,7 +7,7 @@ program serves every dispatch.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import batches
-from jaxgpt.config import TrainConfig
+from jaxgpt.batches import Feed
+from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.model import Numerics
 from jaxgpt.train_step import Program, Shards, TrainState
@@ -26,7 +26,7 @@ from jaxgpt.train_step import Program, Shards, TrainState
 AXIS = "data"
 
 
-def prepare(config: TrainConfig, cache_dir: Path) -> None:
+def prepare(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
     """Process-wide settings, before the first array: float64 if asked for, exact products, the compilation cache."""
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
@@ -41,7 +41,7 @@ def prepare(config: TrainConfig, cache_dir: Path) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache_dir))
 
 
-def numerics(config: TrainConfig) -> Numerics:
+def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
     """The dtypes and the attention for this machine's devices."""
     backend = jax.default_backend()
     dtype = config.dtype
@@ -51,6 +51,7 @@ def numerics(config: TrainConfig) -> Numerics:
         return Numerics(jnp.float64, jnp.float64)
     compute_dtype = jnp.dtype(dtype)
     flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(config.model.n_embd // config.model.n_head)
+    flash = flash and not config.within_documents  # it knows the causal mask only
     return Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
 
 
@@ -111,22 +112,24 @@ class Executor:
         shapes = jax.eval_shape(self.program.init_state)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
-    def updates(self, state: TrainState, tokens_N: Array, n_steps: int) -> tuple[TrainState, np.ndarray]:
+    def updates(self, state: TrainState, feed: Feed, n_steps: int) -> tuple[TrainState, np.ndarray]:
         """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""
-        state, metrics_K2 = self._updates(state, tokens_N, jnp.int32(n_steps))
+        state, metrics_K2 = self._updates(state, feed, jnp.int32(n_steps))
         return state, np.asarray(metrics_K2)[:n_steps]
 
-    def evaluate(self, params: Any, tokens_N: Array, start_JB: np.ndarray, real_JB: np.ndarray) -> tuple[float, int]:
-        """Sum of the loss over all windows, in double precision across batches, and the number of tokens."""
-        sums = [self._evaluate(params, tokens_N, *batch) for batch in zip(start_JB, real_JB, strict=True)]
-        return sum(float(loss) for loss, _ in sums), sum(int(count) for _, count in sums)
+    def evaluate(self, params: Any, scored: Iterable[tuple]) -> np.ndarray:
+        """Of each batch what `Program.evaluate` sums up, in float64: [J, 2], the loss and the number of targets."""
+        sums: list[np.ndarray] = []
+        computing: list[Any] = []  # some batches ahead of what is read back
+        for batch in scored:
+            computing.append(self._evaluate(params, *batch))
+            if len(computing) > 8:
+                sums.append(_flat(computing.pop(0)))
+        return np.stack(sums + [_flat(tree) for tree in computing])
 
-    def whole_split_loss(self, params: Any, tokens_N: Array) -> tuple[float, int]:
-        """The mean loss over all non-overlapping windows of a split, and its number of tokens."""
-        config = self.program.config
-        starts = batches.whole_split_starts(tokens_N.size, config.batch_size, config.model.block_size)
-        loss, count = self.evaluate(params, tokens_N, *starts)
-        return loss / count, count
+
+def _flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
 def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:

@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -22,7 +24,7 @@ def learning_curves(
         reports: the lines of metrics.jsonl.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title.encode("utf-8", "replace").decode())
+    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
     at = [step + 1 for step, *_ in steps]
     loss = [row[1] for row in steps]
     left.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="train, each batch")
@@ -31,19 +33,60 @@ def learning_curves(
     reported_at = [report["step"] + 1 for report in reports]
     marker = dict(color="tab:orange", marker="o", markersize=3.5)
     left.plot(reported_at, [report["val_loss"] for report in reports], label="validation", **marker)
-    left.set(xlabel="updates", ylabel="cross-entropy, nats per token")
+    left.set(xlabel="updates", ylabel="cross-entropy, nats")
     left.legend()
-    finite = [(x, r["val_ppl"]) for x, r in zip(reported_at, reports, strict=True) if math.isfinite(r["val_ppl"])]
+    by_epoch = all("epoch" in report for report in reports)
+    at = [report["epoch"] for report in reports] if by_epoch else reported_at
+    figure_of = "val_accuracy" if any("val_accuracy" in report for report in reports) else "val_ppl"
+    finite = [(x, r[figure_of]) for x, r in zip(at, reports, strict=True) if math.isfinite(r[figure_of])]
     right.plot([x for x, _ in finite], [y for _, y in finite], **marker)
-    right.set(xlabel="updates", ylabel="validation perplexity", yscale="log")
-    right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    right.set(xlabel="epochs" if by_epoch else "updates")
+    if by_epoch:
+        right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    if figure_of == "val_accuracy":
+        right.set(ylabel="test accuracy")
+    else:
+        right.set(ylabel="validation perplexity", yscale="log")
+        right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: Sequence[str], accuracy: float) -> None:
+    """Draws how many texts of each class were taken for which; the colour is the share of the row.
+
+    Args:
+        path: the PNG to write.
+        confusion_KK: [class, predicted].
+    """
+    n_classes = len(labels)
+    size = min(12, 3.5 + 0.8 * n_classes)
+    figure, axes = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+    share_KK = confusion_KK / np.maximum(confusion_KK.sum(1, keepdims=True), 1)
+    image = axes.imshow(share_KK, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the class", fraction=0.046)
+    if n_classes <= 20:
+        for row in range(n_classes):
+            for column in range(n_classes):
+                colour = "white" if share_KK[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{confusion_KK[row, column]:.0f}", ha="center", va="center", color=colour)
+    shown = [label if len(label) <= 18 else label[:17] + "\u2026" for label in labels]
+    turned = dict(rotation=90, ha="center") if n_classes > 8 else dict(rotation=30, ha="right")
+    axes.set_xticks(range(n_classes), shown, parse_math=False, **turned)
+    axes.set_yticks(range(n_classes), shown, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="class")
+    axes.set_title(f"{title}: accuracy {accuracy:.3f}", parse_math=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a title with characters that the font has not
-        figure.savefig(partial, dpi=120, format="png")
+        # tight: the square of a confusion matrix moves its labels over the figure's edge
+        figure.savefig(partial, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1)
     partial.replace(path)
     plt.close(figure)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import TrainConfig, flag
+from jaxgpt.config import FinetuneConfig, TrainConfig, flag
 from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError
+from jaxgpt.labelled import Labelled
 from jaxgpt.tokenizer import Tokenizer
 
 try:
@@ -35,6 +36,7 @@ WRITTEN_FILES = (
     "summary.json",
     "sample.txt",
     "learning_curves.png",
+    "confusion.png",
 )
 OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), "checkpoints", ".lock"}
 STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
@@ -45,10 +47,11 @@ class RunFolder:
     """A run on disk: where it is, its configuration, its tokenizer, and the digest of the text it was trained on."""
 
     path: Path
-    config: TrainConfig
+    config: Any  # TrainConfig, or FinetuneConfig of a classifier
     tokenizer: Tokenizer
     data_sha256: str
     source: str = ""  # where that text was
+    labels: tuple[str, ...] = ()  # of a classifier
     lock: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -114,17 +117,27 @@ class RunFolder:
 
 
 def create(
-    path: Path, config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool, complete: bool = True
+    path: Path,
+    config: TrainConfig | FinetuneConfig,
+    tokenizer: Tokenizer,
+    corpus: Corpus | Labelled,
+    overwrite: bool,
+    complete: bool = True,
+    labels: tuple[str, ...] = (),
+    base: dict[str, Any] | None = None,
 ) -> RunFolder:
     """Begins a run in a new or empty folder, or opens the run there if it is the same one; this process then holds it.
 
     Without `complete` a new folder is no run yet: what it needs is put there first, then `RunFolder.complete` called.
 
+    Args:
+        labels, base: of a classifier its classes, and the weights it starts from: "run", "step" and "sha256".
+
     Raises:
-        UserError: the folder cannot be written, holds something else, a run of another configuration or data, or one
-            that another process is training.
+        UserError: the folder cannot be written, holds something else, a run of another configuration, data, vocabulary
+            or base, or one that another process is training.
     """
-    run = RunFolder(path, config, tokenizer, corpus.sha256, corpus.source)
+    run = RunFolder(path, config, tokenizer, corpus.sha256, corpus.source, labels)
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -132,7 +145,7 @@ def create(
     try:
         begun = (path / "config.json").exists()
         if begun and not overwrite:
-            _require_same(run)
+            _require_same(run, base)
         elif not begun and path.is_dir() and {p.name for p in path.iterdir()} - OWN_NAMES:
             raise UserError(f"--out-dir {path}: holds files that are no run; choose an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -144,7 +157,8 @@ def create(
             _remove_run(path)
         write_json(path / "tokenizer.json", tokenizer.to_json())  # when resuming too: it may have been damaged
         if fresh:
-            write_json(path / "data.json", {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source})
+            data = {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source}
+            write_json(path / "data.json", data | ({"labels": list(labels), "base": base} if labels else {}))
             if complete:
                 run.complete()
     except OSError as e:
@@ -156,10 +170,11 @@ def open_run(path: Path) -> RunFolder:
     """The run in a folder. Raises `UserError` if there is none."""
     with _readable(f"RUN {path}", "give another folder"):
         config, data = _read_config(path, f"RUN {path}")
-        return RunFolder(path, config, tokenizers.load(path / "tokenizer.json"), data["sha256"], data["source"])
+        tokenizer, labels = tokenizers.load(path / "tokenizer.json"), tuple(data.get("labels", ()))
+        return RunFolder(path, config, tokenizer, data["sha256"], data["source"], labels)
 
 
-def _read_config(path: Path, flag_and_path: str) -> tuple[TrainConfig, dict[str, str]]:
+def _read_config(path: Path, flag_and_path: str) -> tuple[TrainConfig | FinetuneConfig, dict[str, Any]]:
     if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, no error for a name too long
         raise UserError(
             f"{flag_and_path}: no run here (no config.json); give a folder that scripts/train.py has written"
@@ -177,6 +192,25 @@ def _readable(flag_and_path: str, remedy: str) -> Iterator[None]:
         raise e if str(e).startswith(flag_and_path) else UserError(f"{flag_and_path}: {e}; {remedy}") from None
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{flag_and_path}: not readable as a run ({type(e).__name__}: {e}); {remedy}") from None
+
+
+def own_tokenizer(path: Path | None, config: TrainConfig) -> Tokenizer | None:
+    """The byte pairs that the run in a folder was begun with: trained anew, another library version may differ."""
+    if path is None or not config.tokenizer.startswith("bpe:"):
+        return None
+    try:
+        there = json.loads((path / "config.json").read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return _loadable_tokenizer(path) if there == config.tokenizer else None
+
+
+def _loadable_tokenizer(path: Path) -> Tokenizer | None:
+    """The run's own, unless it was damaged: then it is written anew."""
+    try:
+        return tokenizers.load(path / "tokenizer.json")
+    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def recorded_choice(path: Path | None, spec: str) -> str:
@@ -211,7 +245,7 @@ def write_text(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def _require_same(run: RunFolder) -> None:
+def _require_same(run: RunFolder, base: dict[str, Any] | None) -> None:
     with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
         there, data = _read_config(run.path, f"--out-dir {run.path}")
         same_data = data["sha256"] == run.data_sha256
@@ -219,6 +253,10 @@ def _require_same(run: RunFolder) -> None:
     different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
     if not different and not same_data:
         different = [f"--dataset {run.config.dataset} with another text"]
+    if not different and base and data.get("base", {}).get("sha256") != base["sha256"]:
+        different = [f"other weights to start from than those of {base['run']} after {base['step']} steps"]
+    if not different and (own := _loadable_tokenizer(run.path)) and not tokenizers.same(own, run.tokenizer):
+        different = ["another vocabulary"]
     if different:
         raise UserError(
             f"--out-dir {run.path}: holds a run of another configuration ({'; '.join(different)}); "

@@ -15,12 +15,11 @@ import optax
 from jax import Array, lax
 
 from jaxgpt import batches
+from jaxgpt.batches import Feed, Resident
 from jaxgpt.config import TrainConfig
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, Numerics, Params, bind, init_params
 from jaxgpt.optimizer import make_optimizer
-
-MAX_STEPS_PER_DISPATCH = 1024  # rows of the buffer that brings a dispatch's metrics back
 
 
 class TrainState(NamedTuple):
@@ -44,11 +43,15 @@ ALONE = Shards(rows=lambda x_B: x_B, total=lambda tree: tree)  # one program tha
 
 @dataclass(frozen=True)
 class Program:
-    """The pure functions of one configuration, over a model with `vocab_size` tokens."""
+    """The pure functions of one configuration, over a model with `vocab_size` tokens.
+
+    `end_of_text`: with --packing documents, the token that ends one.
+    """
 
     config: TrainConfig
     vocab_size: int
     numerics: Numerics
+    end_of_text: int | None = None
 
     @cached_property
     def model(self) -> Callable[[Params], GPT]:
@@ -67,14 +70,30 @@ class Program:
 
     def init_state(self) -> TrainState:
         """The state before the first update, a function of the seed."""
-        key = batches.stream_key(self.config.seed, batches.INIT)
-        params = init_params(key, self.config.model, self.vocab_size, self.numerics)
+        params = self.init_params()
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+    def init_params(self) -> dict[str, Array]:
+        """The initial parameters, a function of the seed."""
+        key = batches.stream_key(self.config.seed, batches.INIT)
+        return init_params(key, self.config.model, self.vocab_size, self.numerics)
 
     def loss_sum(self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None) -> tuple[Array, Array]:
         """The sum of a batch's loss, and its number of tokens."""
-        logits_BTV = self.model(params)(idx_BT, row_key_B)
-        return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1))
+        return self._token_loss(self.model(params), idx_BT, target_BT, row_key_B, None)
+
+    def _token_loss(
+        self, model: GPT, idx_BT: Array, target_BT: Array, row_key_B: Array | None, counts_BT: Array | None
+    ) -> tuple[Array, Array]:
+        document_BT = position_BT = None
+        if self.config.within_documents:
+            assert self.end_of_text is not None
+            document_BT, position_BT = batches.documents(idx_BT, self.end_of_text)
+            within_BT = idx_BT != self.end_of_text  # what follows the end of a text is not to be told from it
+            counts_BT = within_BT if counts_BT is None else counts_BT & within_BT
+        logits_BTV = model(idx_BT, row_key_B, document_BT, position_BT)
+        weight_N = None if counts_BT is None else counts_BT.reshape(-1)
+        return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1), weight_N)
 
     def loss_and_grads(
         self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards
@@ -107,38 +126,35 @@ class Program:
         row_B = shards.rows(jnp.arange(self.config.batch_size))
         return jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_B)
 
-    def updates(self, state: TrainState, tokens_N: Array, n_steps: Array, shards: Shards) -> tuple[TrainState, Array]:
-        """`n_steps` updates on the batches of (seed, step).
+    def updates(self, state: TrainState, feed: Feed, n_steps: Array, shards: Shards) -> tuple[TrainState, Array]:
+        """`n_steps` updates on the batches of a feed, the first of which is that of step `state.step`.
 
         A loop with a traced bound: what `lax.scan` compiles to, without its fixed length, so that one program serves
         every number of steps. Within one dispatch the temporary buffers are kept, which halves a step's time on CPU.
 
         Returns:
-            The new state, and [MAX_STEPS_PER_DISPATCH, 2] of `update`'s metrics, of which the first n_steps rows count.
+            The new state, and [K, 2] of `update`'s metrics, of which the first n_steps rows count.
         """
-        config = self.config
-        train_key = batches.stream_key(config.seed, batches.TRAIN)
 
         def body(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, metrics_K2 = carry
-            start_B = batches.window_starts(
-                train_key, state.step, tokens_N.size, config.batch_size, config.model.block_size
-            )
-            idx_BT, target_BT = batches.windows(tokens_N, shards.rows(start_B), config.model.block_size)
+            idx_BT, target_BT = self.batch(feed, k, shards)
             row_key_B = self.dropout_keys(state.step, shards)
             state, metrics = self.update(state, idx_BT, target_BT, row_key_B, shards)
             return state, metrics_K2.at[k].set(metrics)
 
-        metrics_K2 = jnp.zeros((MAX_STEPS_PER_DISPATCH, 2), self.numerics.param_dtype)
+        metrics_K2 = jnp.zeros((len(feed[-1]), 2), self.numerics.param_dtype)
         return lax.fori_loop(0, n_steps, body, (state, metrics_K2))
 
-    def evaluate(
-        self, params: Params, tokens_N: Array, start_B: Array, real_B: Array, shards: Shards
-    ) -> tuple[Array, Array]:
-        """Sum of the loss over the windows at `start_B`, and their number of tokens; windows not `real_B` count 0."""
-        block_size = self.config.model.block_size
-        idx_BT, target_BT = batches.windows(tokens_N, shards.rows(start_B), block_size)
-        weight_N = jnp.repeat(shards.rows(real_B), block_size)
-        logits_BTV = self.exact_model(params)(idx_BT)
-        sums = cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1), weight_N)
+    def batch(self, feed: Feed, k: Array, shards: Shards) -> tuple[Array, Array]:
+        """This program's rows of the inputs and targets of a feed's step k."""
+        if isinstance(feed, Resident):
+            start_B = shards.rows(feed.start_KB[k])
+            return batches.inputs_and_targets(batches.windows(feed.tokens_N, start_B, self.config.model.block_size))
+        return batches.inputs_and_targets(shards.rows(feed.window_KBT[k]))
+
+    def evaluate(self, params: Params, window_BT: Array, counts_BT: Array, shards: Shards) -> tuple[Array, Array]:
+        """Sum of the loss over the targets of windows that count, and their number."""
+        idx_BT, target_BT = batches.inputs_and_targets(shards.rows(window_BT))
+        sums = self._token_loss(self.exact_model(params), idx_BT, target_BT, None, shards.rows(counts_BT))
         return shards.total(sums)

@@ -1,85 +1,89 @@
 """The training loop: dispatches of K steps, reports, checkpoints, and what is left in the run folder at the end."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jaxgpt import batches, checkpoint, parallel, run_folder
-from jaxgpt.config import SamplingConfig, TrainConfig
+from jaxgpt import checkpoint, parallel, run_folder
 from jaxgpt.console import Display
-from jaxgpt.datasets import Corpus, cache_folder, sample_prompt, split_tokens
 from jaxgpt.errors import LossNotFinite, UserError
-from jaxgpt.generate import generate
-from jaxgpt.loss import perplexity
+from jaxgpt.loader import Loader
 from jaxgpt.optimizer import learning_rate
 from jaxgpt.run_folder import RunFolder
-from jaxgpt.tokenizer import Tokenizer, decode, make_tokenizer
-from jaxgpt.train_step import MAX_STEPS_PER_DISPATCH, Program, TrainState
+from jaxgpt.train_step import TrainState
 from jaxgpt.versions import versions
 
 DISPATCH_SECONDS = 0.25  # long against the cost of a dispatch (about 1 ms), short for a progress bar and Ctrl-C
 
 
-def train(
-    config: TrainConfig, corpus: Corpus, out_dir: Path | None, overwrite: bool, display: Display, started: float
+class Task(Protocol):
+    """What is trained: its batches, its validation and its end. `language_model.py` and `finetune.py` have one each."""
+
+    loader: Loader
+    steps_per_epoch: int | None
+    tokens_per_step: int
+    title: str
+
+    def validate(self, params: Any, step: int, n_batches: int | None = None) -> dict[str, float]:
+        """Figures of the state after `step` updates, of the first batches or all: "val_loss" and more."""
+
+    def line(self, report: dict[str, Any], n_steps: int) -> str:
+        """A report for a person."""
+
+    def finish(self, params: Any) -> tuple[dict[str, Any], str]:
+        """At the end: what the summary tells of the result, and the same for a person."""
+
+
+def run_training(
+    run: RunFolder,
+    executor: parallel.Executor,
+    make_task: Callable[[], Task],
+    first_state: Callable[[], TrainState],
+    display: Display,
+    started: float,
 ) -> int:
-    """Trains a run to its end, or goes on with the one in `out_dir`.
+    """Trains to the end, or until a signal; the run goes on from its last checkpoint.
 
     Args:
-        out_dir: the run folder; None makes a new one under runs/.
+        first_state: the state of a run that has no checkpoint yet.
         started: `time.perf_counter()` at the command's start, for the time to the first step.
 
     Returns:
         The command's exit code: 0, or 128 + the signal that stopped the run.
 
     Raises:
-        UserError: before anything is written; or the disk is full or the memory exhausted while it trains.
+        UserError: the disk is full or the memory exhausted while it trains.
         LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold states from before it.
     """
-    tokenizer = make_tokenizer(config.tokenizer, corpus.text)
-    train_tokens, val_tokens = split_tokens(corpus, tokenizer, config.model.block_size)
-    prompt = sample_prompt(config.prompt, tokenizer, corpus)
-    parallel.prepare(config, cache_folder() / "xla")
-    numerics = parallel.numerics(config)
-    # The run keeps the dtype that "auto" stood for here: it must not change on a machine of another kind.
-    config = dataclasses.replace(config, dtype=np.dtype(numerics.compute_dtype).name)
-    executor = parallel.Executor(Program(config, tokenizer.vocab_size, numerics))
-    with stop_signals() as stop:
-        run = run_folder.create(out_dir or _new_folder(config), config, tokenizer, corpus, overwrite)
-        if (run.path / "summary.json").exists():
-            display.line(f"{run.path}: finished already; --overwrite starts again")
-            return 0
-        display.line(
-            f"{config.preset} on {corpus.name} ({len(train_tokens):,} training and {len(val_tokens):,} validation "
-            f"tokens, vocabulary {tokenizer.vocab_size}) on {parallel.describe_devices()} in {config.dtype}, "
-            f"--parallel {config.parallel}"
-        )
-        display.line(f"run folder: {run.path}")
-        checkpoints = checkpoint.open_checkpoints(run.checkpoints, config.keep_checkpoints)
-        try:
-            with _told_in_one_line(run):
-                trainer = Trainer(run, executor, checkpoints, train_tokens, val_tokens, display, started)
+    checkpoints = checkpoint.open_checkpoints(run.checkpoints, run.config.keep_checkpoints)
+    task = None
+    try:
+        with _told_in_one_line(run):
+            with stop_signals() as stop:
+                task = make_task()
+                trainer = Trainer(run, executor, checkpoints, task, first_state, display, started)
                 trainer.train(stop)
-                if trainer.done == config.steps:  # a signal from here on finds all saved and the end seconds away
-                    trainer.finish(prompt)
-                    return 0
-        finally:
-            display.close()
-            with contextlib.suppress(Exception):  # what a failed save still has to say was said
-                checkpoints.close()
+            if trainer.done == run.config.steps:  # from here on a signal ends the process at once: all is saved
+                trainer.finish()
+                return 0
+    finally:
+        display.close()
+        if task is not None:
+            task.loader.close()
+        with contextlib.suppress(Exception):  # what a failed save still has to say was said
+            checkpoints.close()
     display.line(
-        f"stopped after {trainer.done} of {config.steps} steps, all saved; "
+        f"stopped after {trainer.done} of {run.config.steps} steps, all saved; "
         f"the same command with --out-dir {run.path} goes on"
     )
     return 128 + stop[0]
@@ -112,16 +116,13 @@ class Trainer:
         run: RunFolder,
         executor: parallel.Executor,
         checkpoints: checkpoint.Manager,
-        train_tokens: np.ndarray,
-        val_tokens: np.ndarray,
+        task: Task,
+        first_state: Callable[[], TrainState],
         display: Display,
         started: float,
     ):
         self.run, self.config, self.executor, self.display = run, run.config, executor, display
-        vocab_size = run.tokenizer.vocab_size
-        self.train_tokens = executor.put(batches.device_tokens(train_tokens, vocab_size))
-        self.val_tokens = executor.put(batches.device_tokens(val_tokens, vocab_size))
-        self._val_starts = jax.jit(self._validation_starts)
+        self.task, self._first_state = task, first_state
         self.checkpoints = checkpoints
         self.state = self._restored_state()
         self.done = int(self.state.step)  # updates done
@@ -138,23 +139,24 @@ class Trainer:
         """Runs dispatches until the last step, or until `stop` holds a signal; saves before it returns."""
         config = self.config
         if self.done < config.steps:
-            self.state, _ = self.executor.updates(self.state, self.train_tokens, 0)  # compiles
+            self.state, _ = self.executor.updates(self.state, self.task.loader.take(self.done, 0), 0)  # compiles
         self.display.start(self.done, config.steps)
         seconds_all = seconds = 0.0  # in dispatches: of this process, and since the last report
         done_first = done_reported = self.done
         while self.done < config.steps and not stop:
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
-            self.state, metrics = self.executor.updates(self.state, self.train_tokens, n_steps)
+            feed = self.task.loader.take(self.done, n_steps)
+            self.state, metrics = self.executor.updates(self.state, feed, n_steps)
             elapsed = time.perf_counter() - begun
             self.first_step_s = self.first_step_s or time.perf_counter() - self._process_started
-            self._pace = max(1, min(MAX_STEPS_PER_DISPATCH, round(DISPATCH_SECONDS * n_steps / elapsed)))
+            self._pace = max(1, min(self.task.loader.max_steps, round(DISPATCH_SECONDS * n_steps / elapsed)))
             seconds, seconds_all = seconds + elapsed, seconds_all + elapsed
             self._record(metrics)
             self.tokens_per_s = self._tokens(self.done - done_first) / seconds_all
             self.display.progress(self.done, float(metrics[-1, 0]), self._tokens(n_steps) / elapsed)
             val_loss = math.inf
-            if self._is_due(config.eval_every):
+            if self._is_due(config.eval_every or self.task.steps_per_epoch, by_epoch=not config.eval_every):
                 val_loss = self._report(metrics[-1], self._tokens(self.done - done_reported) / seconds)
                 seconds, done_reported = 0.0, self.done
             if self._is_due(config.checkpoint_every) or val_loss < self.best_val_loss:
@@ -166,32 +168,24 @@ class Trainer:
         checkpoint.wait(self.checkpoints)
         self._draw()
 
-    def finish(self, prompt: str) -> None:
-        """Whole-split loss, a sample, and the summary: last, as it is what tells that the run is complete."""
+    def finish(self) -> None:
+        """The result over the whole validation split, and the summary: last, as it tells that the run is complete."""
         config, run = self.config, self.run
-        val_loss, count = self.executor.whole_split_loss(self.state.params, self.val_tokens)
-        text = sample_text(self.executor.program, self.state, run.tokenizer, prompt)
-        run_folder.write_text(run.path / "sample.txt", text + "\n")
-        device = parallel.describe_devices()
+        figures, told = self.task.finish(self.state.params)
         summary = {
             "params": sum(p.size for p in self.state.params.values()),
             "steps": self.done,
-            "val_loss": val_loss,
-            "val_ppl": perplexity(val_loss),
+            **figures,
             "tokens_per_s": self.tokens_per_s,
             "first_step_s": self.first_step_s,
             "wall_s": time.perf_counter() - self.started,
-            "device": device,
+            "device": parallel.describe_devices(),
             "dtype": config.dtype,
-            "val_tokens": count,
             "versions": versions(),
             "data_sha256": run.data_sha256,
         }
         run_folder.write_json(run.path / "summary.json", summary)
-        self.display.line(
-            f"whole validation split ({count:,} tokens): loss {val_loss:.4f}  perplexity {perplexity(val_loss):.3f}"
-        )
-        self.display.line(f"--- a sample of {config.sample_tokens} tokens ---\n{text}\n---")
+        self.display.line(told)
         self.display.line(
             f"{summary['params']:,} parameters, {self.done} steps in {summary['wall_s']:.0f} s "
             f"({self.tokens_per_s:,.0f} tokens/s; first step after {self.first_step_s or 0:.1f} s); all in {run.path}"
@@ -201,20 +195,23 @@ class Trainer:
         """The last checkpoint's state, else the initial one, on the devices."""
         step = checkpoint.pick_step(self.checkpoints, "last")
         if step is None:
-            return self.executor.init_state()
+            return self._first_state()
         self.display.line(f"resuming after {step} of {self.config.steps} steps")
         remedy = "remove this folder to go on from the one before it"
         return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step, remedy)
 
     def _next_dispatch(self) -> int:
         """How many steps to run now: what fits the pace, up to the next report, checkpoint or the end."""
-        config = self.config
-        to_due = min(every - (self.done - 1) % every for every in (config.eval_every, config.checkpoint_every))
-        return min(self._pace, to_due, config.steps - self.done)
+        config, to_checkpoint = self.config, self._to_due(self.config.checkpoint_every)
+        to_report = self._to_due(config.eval_every or self.task.steps_per_epoch, by_epoch=not config.eval_every)
+        return min(self._pace, to_report, to_checkpoint, config.steps - self.done)
 
-    def _is_due(self, every: int) -> bool:
-        """Whether the step just done is a multiple of `every`, counted from 0, or the last."""
-        return (self.done - 1) % every == 0 or self.done == self.config.steps
+    def _is_due(self, every: int, by_epoch: bool = False) -> bool:
+        """Whether the step just done is a multiple of `every`, counted from 0, or ends an epoch, or is the last."""
+        return self._to_due(every, by_epoch) == every or self.done == self.config.steps
+
+    def _to_due(self, every: int, by_epoch: bool = False) -> int:
+        return every - (self.done - (not by_epoch)) % every
 
     def _record(self, metrics: np.ndarray) -> None:
         """Counts and writes down a dispatch's steps. Raises `LossNotFinite` at the first that went wrong."""
@@ -230,42 +227,33 @@ class Trainer:
     def _report(self, metrics: np.ndarray, tokens_per_s: float) -> float:
         """Evaluates on random validation batches and reports the step just done; returns the validation loss."""
         loss, grad_norm = metrics.tolist()
-        val_loss = self._validation_loss(self.config.eval_batches)
+        figures = self._validated()
+        epoch = {"epoch": self.done / self.task.steps_per_epoch} if self.task.steps_per_epoch else {}
         report = {
             "step": self.done - 1,
+            **epoch,
             "train_loss": loss,
-            "val_loss": val_loss,
-            "val_ppl": perplexity(val_loss),
+            **figures,
             "lr": learning_rate(self.config, self.done - 1),
             "grad_norm": grad_norm,
             "tokens_per_s": tokens_per_s,
             "elapsed_s": time.perf_counter() - self.started,
         }
         self.run.append_metrics(report)
-        self.display.report(report)
-        return val_loss
+        self.display.report(report, self.task.line(report, self.config.steps))
+        return figures["val_loss"]
 
-    def _validation_starts(self, step: Any) -> Any:
-        config = self.config
-        n_windows = config.eval_batches * config.batch_size
-        key = batches.stream_key(config.seed, batches.VALIDATION)
-        starts = batches.window_starts(key, step, self.val_tokens.size, n_windows, config.model.block_size)
-        return starts.reshape(config.eval_batches, config.batch_size)
-
-    def _validation_loss(self, n_batches: int) -> float:
-        """The mean over random batches, a function of the seed and the step. Raises `LossNotFinite`."""
-        start_JB = np.asarray(self._val_starts(np.int32(self.done - 1)))[:n_batches]
-        loss, count = self.executor.evaluate(
-            self.state.params, self.val_tokens, start_JB, np.ones(start_JB.shape, bool)
-        )
-        if not math.isfinite(loss):
-            raise self._not_finite(f"step {self.done - 1}: validation loss {loss / count} after the update")
-        return loss / count
+    def _validated(self, n_batches: int | None = None) -> dict[str, float]:
+        """The task's figures of the state as it is. Raises `LossNotFinite`."""
+        figures = self.task.validate(self.state.params, self.done, n_batches)
+        if not math.isfinite(figures["val_loss"]):
+            raise self._not_finite(f"step {self.done - 1}: validation loss {figures['val_loss']} after the update")
+        return figures
 
     def _save(self, val_loss: float = math.inf) -> None:
         """Keeps the state, with its validation loss if it was just measured."""
         if val_loss == math.inf:
-            self._validation_loss(1)  # an update can overflow after a finite loss: never keep such a state
+            self._validated(1)  # an update can overflow after a finite loss: never keep such a state
         self.run.flush()
         checkpoint.save(self.checkpoints, self.state, val_loss if val_loss < math.inf else None)
 
@@ -276,21 +264,14 @@ class Trainer:
         return LossNotFinite(f"{what}; {kept}; try a lower --lr or --clip 1 in another --out-dir")
 
     def _tokens(self, steps: int) -> int:
-        return steps * self.config.batch_size * self.config.model.block_size
+        return steps * self.task.tokens_per_step
 
     def _draw(self) -> None:
         from jaxgpt.report import learning_curves  # imports matplotlib, which the first step need not wait for
 
-        title = f"{self.config.preset} on {self.config.dataset.rsplit('/')[-1]}"
-        learning_curves(self.run.path / "learning_curves.png", title, self.run.read_steps(), self.run.read_metrics())
-
-
-def sample_text(program: Program, state: TrainState, tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt and the configured number of tokens after it, sampled at temperature 1 as documented."""
-    config = program.config
-    sampling = SamplingConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
-    ids = generate(program.exact_model, state.params, config.model, tokenizer.encode(prompt), sampling)
-    return prompt + decode(tokenizer, ids)
+        learning_curves(
+            self.run.path / "learning_curves.png", self.task.title, self.run.read_steps(), self.run.read_metrics()
+        )
 
 
 @contextlib.contextmanager
@@ -315,10 +296,10 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
-def _new_folder(config: TrainConfig) -> Path:
-    """runs/<dataset>-<preset>-<time>, one that is not there yet."""
-    dataset = re.sub(r"[^\w.-]+", "_", Path(config.dataset).stem if "/" in config.dataset else config.dataset)
-    stem = Path("runs") / f"{dataset}-{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(dataset: str, kind: str) -> Path:
+    """runs/<dataset>-<kind>-<time>, one that is not there yet."""
+    dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).stem if "/" in dataset else dataset)
+    stem = Path("runs") / f"{dataset}-{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in range(1000):
         path = stem if not number else stem.with_name(f"{stem.name}-{number}")
         if not os.path.lexists(path):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import convert, generate, loss, model, optimizer, train_step
+from jaxgpt import batches, convert, generate, loss, model, optimizer, train_step
 from jaxgpt.model import GPT, Block, Linear
 from jaxgpt.train_step import Program
 
@@ -52,9 +52,11 @@ def layer_norm(**changes: Any) -> Patch:
 def scores(change: Callable[..., Any]) -> Patch:
     """Attention written out once more, with a change: (scores before the mask, mask, head size, width) -> weights."""
 
-    def mutated(q: Any, k: Any, v: Any, start: Any, implementation: str) -> Any:
+    def mutated(q: Any, k: Any, v: Any, start: Any, implementation: str, document: Any = None) -> Any:
         score = jnp.einsum("BTHD,BSHD->BHTS", q, k)
         seen = jnp.arange(k.shape[1]) <= start + jnp.arange(q.shape[1])[:, None]
+        if document is not None:
+            seen = seen & (document[:, None, :, None] == document[:, None, None, :])
         return jnp.einsum(
             "BHTS,BSHD->BTHD", change(score, seen, q.shape[3], q.shape[2] * q.shape[3]).astype(v.dtype), v
         )
@@ -94,9 +96,9 @@ def square_transposed(x: Any, kernel: Any, bias: Any) -> Any:
 def block_call(change: Callable[..., Any]) -> Patch:
     """Block with a change: (block, x, its attention, its dropout by site 1 and 2) -> x."""
 
-    def call(self: Block, x: Any, n_rows: int, keys: Any, cache: Any, start: Any) -> Any:
+    def call(self: Block, x: Any, n_rows: int, keys: Any, cache: Any, start: Any, document: Any = None) -> Any:
         drop = lambda branch, site: model.dropout(branch, self.dropout, keys, 2 * self.index + site)  # noqa: E731
-        return change(self, x, lambda x: self.attn(x, n_rows, cache, start)[0], drop), cache
+        return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document)[0], drop), cache
 
     return put(Block, "__call__", call)
 
@@ -211,8 +213,8 @@ def hidden(change: Callable[..., Any]) -> Patch:
     """GPT.hidden with a change of its arguments: (idx, keys, cache, start) -> the same."""
 
     def wrapper(real: Any) -> Any:
-        def mutated(self: GPT, idx: Any, keys: Any = None, cache: Any = None, start: Any = 0) -> Any:
-            return real(self, *change(idx, keys, cache, start))
+        def mutated(self: GPT, idx: Any, keys: Any = None, cache: Any = None, start: Any = 0, **packed: Any) -> Any:
+            return real(self, *change(idx, keys, cache, start), **packed)
 
         return mutated
 
@@ -310,6 +312,61 @@ def count_off_by_one(real: Any) -> Any:
 
 def moments_swapped() -> AbstractContextManager[Any]:
     return patch.dict(convert._MOMENTS, {"mu": "exp_avg_sq", "nu": "exp_avg"})
+
+
+def documents_not_told_apart(real: Any) -> Any:
+    return lambda *arguments: real(*arguments[:5])
+
+
+def positions_go_on(real: Any) -> Any:
+    def mutated(idx: Any, end_of_text: int) -> Any:
+        return real(idx, end_of_text)[0], jnp.broadcast_to(jnp.arange(idx.shape[1]), idx.shape)
+
+    return mutated
+
+
+def ends_of_texts_one_late(real: Any) -> Any:
+    """A document's end-of-text token counted as the next one's first."""
+
+    def mutated(idx: Any, end_of_text: int) -> Any:
+        document, position = real(jnp.roll(idx, -1, axis=1), end_of_text)
+        return document, position
+
+    return mutated
+
+
+def one_order_for_all_epochs(real: Any) -> Any:
+    return lambda self, step: real(self, step % self.steps_per_epoch)
+
+
+def chunks_beside_each_other(real: Any) -> Any:
+    """At a stride of a block plus one: the target between two chunks is lost."""
+
+    def mutated(self: Any, step: int) -> Any:
+        start = real(self, step)
+        return start // self.block_size * (self.block_size + 1) % (start.max() + 1)
+
+    return mutated
+
+
+def overlap_counted_again(real: Any) -> Any:
+    def mutated(*arguments: Any) -> Any:
+        for window, counts in real(*arguments):
+            yield batches.Scored(window, counts | counts.any(1, keepdims=True))
+
+    return mutated
+
+
+def pooled(change: Callable[..., Any]) -> Patch:
+    """Classifier with a change of (lengths, pool, padded length) -> (lengths, pool)."""
+
+    def wrapper(real: Any) -> Any:
+        def mutated(self: Any, idx: Any, length: Any, pool: str, keys: Any = None) -> Any:
+            return real(self, idx, *change(length, pool, idx.shape[1]), keys)
+
+        return mutated
+
+    return wrap(model.Classifier, "__call__", wrapper)
 
 
 def without_final_norm(self: GPT, idx: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxgpt import batches, convert, loss, model, optimizer, train_step
+from jaxgpt import batches, classifier, convert, loss, model, optimizer, train_step
 from jaxgpt.errors import UserError
 from jaxgpt.model import GPT
 from jaxgpt.train_step import Program
@@ -24,11 +24,14 @@ from parity_tests.faults import (
     bfloat16_stream,
     block_call,
     choose,
+    chunks_beside_each_other,
     clip,
     count_off_by_one,
     coupled_decay,
     cross_entropy,
     decay_steps_after_warmup,
+    documents_not_told_apart,
+    ends_of_texts_one_late,
     float32_cosine,
     float32_gradients,
     float32_params,
@@ -43,7 +46,11 @@ from parity_tests.faults import (
     masked_softmax,
     moments_swapped,
     nan_in_key_bias,
+    one_order_for_all_epochs,
+    overlap_counted_again,
+    pooled,
     positions_from_1,
+    positions_go_on,
     post_norm,
     put,
     rounded,
@@ -62,7 +69,17 @@ from parity_tests.faults import (
 )
 from parity_tests.harness import Row
 from parity_tests.ladder import RAISED
-from parity_tests.rungs import bfloat16, files, gpt2, ops, randomness, trajectories, whole_model
+from parity_tests.rungs import (
+    bfloat16,
+    classification,
+    files,
+    gpt2,
+    ops,
+    packing,
+    randomness,
+    trajectories,
+    whole_model,
+)
 from parity_tests.rungs import optimizer as optimizer_rungs
 from parity_tests.sides import SIZES, small
 
@@ -102,6 +119,11 @@ PROBES: dict[str, Callable[[], Iterator[Row]]] = {
     "conversion": lambda: files.rung_conversion(True),
     "resume_across": lambda: files.rung_resume_across(True),
     "gpt2": lambda: gpt2.rung_gpt2(True),
+    "packing": lambda: packing.rung_packing(True),
+    "packed documents": lambda: whole_model.compare_model(packing.documents_case(), "float64"),
+    "classification": lambda: classification.compare_batch("last_token", ("float64",)),
+    "classification, mean": lambda: classification.compare_batch("mean", ("float64",)),
+    "classification, accuracy": lambda: classification.compare_accuracy("last_token"),
     "bfloat16": lambda: bfloat16.compare_casts(bfloat16.cases()[:4]),
 }
 
@@ -303,13 +325,13 @@ MUTANTS = [
     Mutant("positions from 1", put(nnx.Embed, "__call__", positions_from_1), ("model", "text")),
     Mutant(
         "no final norm",
-        put(GPT, "__call__", lambda self, idx, keys=None: without_final_norm(self, idx)),
+        put(GPT, "__call__", lambda self, idx, *_: without_final_norm(self, idx)),
         ("model", "trajectory"),
     ),
     Mutant("tied head without its gradient", put(GPT, "logits", tied_head_cut), ("model, tied head",)),
     Mutant(
         "targets not shifted",
-        wrap(batches, "windows", lambda real: lambda *a: (real(*a)[0],) * 2),
+        wrap(batches, "inputs_and_targets", lambda real: lambda window: (real(window)[0],) * 2),
         ("trajectory", "whole_split"),
     ),
     Mutant(
@@ -339,6 +361,38 @@ MUTANTS = [
         "conversion with the count off by one",
         wrap(convert, "optimizer_from_torch", count_off_by_one),
         ("resume_across", "conversion"),
+    ),
+    Mutant(
+        "packed documents see each other",
+        wrap(model, "causal_attention", documents_not_told_apart),
+        ("packed documents",),
+    ),
+    Mutant("positions go on over documents", wrap(batches, "documents", positions_go_on), ("packed documents",)),
+    Mutant(
+        "the end of a text begins the next", wrap(batches, "documents", ends_of_texts_one_late), ("packed documents",)
+    ),
+    Mutant(
+        "loss over the ends of texts",
+        wrap(train_step, "cross_entropy", lambda real: lambda logits, target, weight=None: real(logits, target)),
+        ("packed documents", "packing"),
+    ),
+    Mutant("every epoch in one order", wrap(batches.Order, "_starts", one_order_for_all_epochs), ("packing",)),
+    Mutant("chunks at stride T + 1", wrap(batches.Order, "_starts", chunks_beside_each_other), ("packing",)),
+    Mutant("a stride's overlap counted again", wrap(batches, "whole_split", overlap_counted_again), ("packing",)),
+    Mutant(
+        "mean over tokens for the mean of batches",
+        put(loss, "mean_of_batches", lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum())),
+        ("packing",),
+    ),
+    Mutant("pooled at the padding", pooled(lambda length, pool, T: (length, "last")), ("classification",)),
+    Mutant("pooled one token early", pooled(lambda length, pool, T: (length - 1, pool)), ("classification",)),
+    Mutant(
+        "mean over the padding too", pooled(lambda length, pool, T: (length * 0 + T, pool)), ("classification, mean",)
+    ),
+    Mutant(
+        "absent texts count",
+        wrap(classifier, "cross_entropy", lambda real: lambda logits, label, weight=None: real(logits, label)),
+        ("classification", "classification, accuracy"),
     ),
     Mutant("c_attn split as key, query, value", wrap(convert, "writeup_names", key_before_query), ("gpt2",)),
 ]

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 
 from jaxgpt import parallel
-from jaxgpt.batches import DROPOUT, TRAIN, stream_key, window_starts
-from jaxgpt.config import PRESETS, ModelConfig, TrainConfig
+from jaxgpt.batches import DROPOUT, TRAIN, Order, documents, stream_key, window_starts
+from jaxgpt.config import FinetuneConfig, ModelConfig, TrainConfig
 from jaxgpt.convert import from_torch, to_torch
+from jaxgpt.loader import DeviceLoader
 from jaxgpt.model import Numerics, keep_mask
+from jaxgpt.presets import PRESETS
 from jaxgpt.train_step import ALONE, Program, TrainState
 from torch_ref.model import GPT, mean_loss
 from torch_ref.train import train
 from torch_ref.train_step import make_optimizer
 
 VOCAB = 29
+VOCABULARIES = {"tinygpt": 65, "minigpt": 65, "wikitext2": 50257}
 N_TOKENS = 2003
 # n_layer, n_head, head size, batch, block, n_embd and the vocabulary all differ, so no swapped axis goes unseen.
 SIZES = ModelConfig(n_layer=2, n_head=5, n_embd=40, block_size=17)
@@ -51,8 +54,9 @@ def precision_of(precision: str) -> Iterator[None]:
 class Case:
     """A configuration with its weights and tokens.
 
-    weights: "documented", as at the start of training; "spread", as after it: matrices eight times as large, norms away
-    from 1 and 0; or "zero". At the documented start attention is flat and its gradients are near zero.
+    weights: "documented", as at the start of training; "spread", as after it: matrices eight times as large (twice,
+    at a width of 256), norms away from 1 and 0; or "zero". At the documented start attention is flat and its gradients
+    are near zero.
     """
 
     name: str
@@ -79,35 +83,51 @@ class Case:
             return {name: np.zeros_like(p) for name, p in weights.items()}
         if self.weights == "spread":
             draw = np.random.default_rng(self.seed)
+            scale = 8 * min(1, 64 / self.config.model.n_embd)  # wider models train to smaller weights
             for name, p in weights.items():
-                weights[name] = p * 8 if p.ndim == 2 else p + 0.1 * draw.standard_normal(p.shape, np.float32)
+                weights[name] = p * scale if p.ndim == 2 else p + 0.1 * draw.standard_normal(p.shape, np.float32)
         return weights
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and targets that the trainer's step takes, int32 [B, T] each."""
         config = self.config
-        start_B = _window_starts(
-            self.seed_key(TRAIN), step, len(self.tokens), config.batch_size, config.model.block_size
-        )
-        window_BT = self.tokens[np.asarray(start_B)[:, None] + np.arange(config.model.block_size + 1)].astype(np.int32)
+        block_size, key = config.model.block_size, self.seed_key(TRAIN)
+        if config.packing == "windows":
+            start_B = np.asarray(_window_starts(key, step, len(self.tokens), config.batch_size, block_size))
+        else:
+            starts = np.arange(0, len(self.tokens) - block_size, block_size)
+            epoch, at = divmod(step, len(starts) // config.batch_size)
+            order = np.asarray(_permutation(_fold_in(key, epoch), len(starts)))
+            start_B = starts[order[at * config.batch_size : (at + 1) * config.batch_size]]
+        window_BT = self.tokens[start_B[:, None] + np.arange(block_size + 1)].astype(np.int32)
         return window_BT[:, :-1], window_BT[:, 1:]
+
+    @property
+    def end_of_text(self) -> int | None:
+        """With packed documents the token that ends one: any will do, the last here."""
+        return self.vocab_size - 1 if self.config.packing == "documents" else None
 
     def masks(self, step: int) -> list[np.ndarray] | None:
         """The dropout masks that the trainer's step draws, bool [B, T, C] each; None without dropout."""
-        config = self.config
-        if not config.model.dropout:
-            return None
-        step_key = jax.random.fold_in(self.seed_key(DROPOUT), step)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, np.arange(config.batch_size))
-        shape = (config.model.block_size, config.model.n_embd)
-        sites = range(2 * config.model.n_layer + 1)
-        return [np.array(_keep_mask(keys, site, shape, config.model.dropout)) for site in sites]
+        return masks_of(self.config, step)
 
     def seed_key(self, stream: int) -> Any:
         return stream_key(self.config.seed, stream)
 
 
+def masks_of(config: TrainConfig | FinetuneConfig, step: int, n_time: int | None = None) -> list[np.ndarray] | None:
+    """The dropout masks that the trainer's step draws, bool [B, T, C] each, T a block or `n_time`; None: no dropout."""
+    if not config.model.dropout:
+        return None
+    step_key = jax.random.fold_in(stream_key(config.seed, DROPOUT), step)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, np.arange(config.batch_size))
+    shape = (n_time or config.model.block_size, config.model.n_embd)
+    sites = range(2 * config.model.n_layer + 1)
+    return [np.array(_keep_mask(keys, site, shape, config.model.dropout)) for site in sites]
+
+
 _window_starts = jax.jit(window_starts, static_argnums=(2, 3, 4))
+_permutation, _fold_in = jax.random.permutation, jax.random.fold_in
 _keep_mask = jax.jit(keep_mask, static_argnums=(1, 2, 3))
 
 
@@ -118,7 +138,11 @@ def small(name: str, preset: str = "minigpt", model: ModelConfig = SIZES, **chan
 
 def preset_cases() -> list[Case]:
     """Every preset with its documented model; the batch is smaller, for time, and differs from all other sizes."""
-    return [Case(name, dataclasses.replace(config, batch_size=BATCH), 65) for name, config in PRESETS.items()]
+    batch = {"wikitext2": 2}  # a row's logits are 6 million numbers
+    return [
+        Case(name, dataclasses.replace(config, batch_size=batch.get(name, BATCH)), VOCABULARIES[name])
+        for name, config in PRESETS.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- the PyTorch side
@@ -158,8 +182,8 @@ def torch_results(case: Case, precision: str, step: int = 0, device: str = "cpu"
     idx_BT, target_BT = (x.to(device) for x in torch_batch(case, step))
     keep = torch_masks(case, step)
     keep = keep and [mask.to(device) for mask in keep]
-    logits = model(idx_BT, keep)
-    loss = mean_loss(model, idx_BT, target_BT, keep)
+    logits = model(idx_BT, keep, case.end_of_text)
+    loss = mean_loss(model, idx_BT, target_BT, keep, case.end_of_text)
     loss.backward()
     grads = {name: p.grad.cpu().numpy() for name, p in model.named_parameters()}
     return Results(logits.detach().cpu().numpy(), loss.item(), grads)
@@ -178,7 +202,7 @@ class TorchTraining:
         steps, case = range(self.step, self.step + n_steps), self.case
         batch_of, keep_of = partial(torch_batch, case), partial(torch_masks, case)
         self.step += n_steps
-        loop = train(self.model, self.optimizer, case.config, batch_of, steps, keep_of, self.clip)
+        loop = train(self.model, self.optimizer, case.config, batch_of, steps, keep_of, self.clip, case.end_of_text)
         return [loss for _, loss in loop]
 
     def params(self) -> dict[str, np.ndarray]:
@@ -193,8 +217,10 @@ def program_of(case: Case, precision: str) -> Program:
     """The trainer's program in float64, float32, or float32 weights with bfloat16 products."""
     config = dataclasses.replace(case.config, dtype=precision)
     if precision == "bfloat16":
-        return Program(config, case.vocab_size, Numerics(np.dtype("float32"), jax.numpy.dtype("bfloat16")))
-    return Program(config, case.vocab_size, Numerics(np.dtype(precision), np.dtype(precision)))
+        numerics = Numerics(np.dtype("float32"), jax.numpy.dtype("bfloat16"))
+    else:
+        numerics = Numerics(np.dtype(precision), np.dtype(precision))
+    return Program(config, case.vocab_size, numerics, case.end_of_text)
 
 
 def flax_params(case: Case, program: Program) -> dict[str, np.ndarray]:
@@ -213,17 +239,19 @@ def flax_results_of(
     cases: list[Case], precision: str, step: int = 0, compiler_options: dict[str, Any] | None = None
 ) -> list[Results]:
     """The same for several cases of one configuration, in one compiled program."""
-    program = program_of(cases[0], precision)
+    case = cases[0]
+    program = program_of(case, precision)
 
     @partial(jax.jit, compiler_options=compiler_options)
     def compute(params: Any, idx_BT: Any, target_BT: Any) -> Any:
         keys = program.dropout_keys(jax.numpy.int32(step), ALONE)
-        logits_BTV = program.model(params)(idx_BT, keys)
+        packed = () if case.end_of_text is None else documents(idx_BT, case.end_of_text)
+        logits_BTV = program.model(params)(idx_BT, keys, *packed)
         return logits_BTV, *program.loss_and_grads(params, idx_BT, target_BT, keys, ALONE)
 
     results = []
-    for case in cases:
-        logits, loss, grads = compute(flax_params(case, program), *case.batch(step))
+    for each in cases:
+        logits, loss, grads = compute(flax_params(each, program), *each.batch(step))
         results.append(Results(np.asarray(logits), float(loss), to_torch(grads)))
     return results
 
@@ -237,11 +265,12 @@ class FlaxTraining:
         params = flax_params(case, program)
         opt_state = program.optimizer.init(params)
         self.state = self.executor.put(TrainState(np.int32(0), params, opt_state))
-        self.tokens_N = self.executor.put(case.tokens)
+        self.loader = DeviceLoader(case.tokens, Order(case.config, len(case.tokens)), self.executor.put)
 
     def run(self, n_steps: int) -> list[float]:
         """The losses of the next steps, all in one dispatch."""
-        self.state, metrics = self.executor.updates(self.state, self.tokens_N, n_steps)
+        feed = self.loader.take(int(self.state.step), n_steps)
+        self.state, metrics = self.executor.updates(self.state, feed, n_steps)
         return metrics[:, 0].tolist()
 
     def params(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxgpt.config import PRESETS
+from jaxgpt.presets import PRESETS
 from parity_tests import docs_page
 from parity_tests.ladder import RUNGS
 

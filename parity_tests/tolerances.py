@@ -57,6 +57,9 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
         3.3e-06,
         "attention is flat there and its queries' gradients cancel: PyTorch's own error is 1.7e-6; R is gated too",
     ),
+    ("gradients, wide model", "float32"): Tolerance(
+        5e-6, 1.9e-6, "n_embd 256: sums four times as long; PyTorch's own is 1.5e-6, and R is held as everywhere"
+    ),
     ("gradients, R median", "float32"): Tolerance(2.0, 1.1, _R_GRADIENTS),
     ("gradients, R worst", "float32"): Tolerance(4.0, 2, _R_GRADIENTS),
     ("key bias gradient", "float64"): Tolerance(
@@ -130,9 +133,27 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ),
     ("resume across, every loss", "float64"): Tolerance(1e-10, 5.6e-16, "as a trajectory that stays on one side"),
     ("resume across, every parameter", "float64"): Tolerance(1e-10, 1.2e-14, "as a trajectory that stays on one side"),
+    ("packing, chunks that differ", "float32"): Tolerance(0.0, 0.0, _COUNT),
+    ("validation, mean of batch means", "float64"): Tolerance(1e-13, 1.1e-16, "as the loss"),
+    ("validation, mean over tokens", "float64"): Tolerance(1e-13, 2.2e-16, "as the loss"),
+    ("perplexity at strides", "float64"): Tolerance(1e-13, 4.4e-16, "as the loss"),
+    ("classification logits", "float64"): Tolerance(1e-12, 2e-15, "as the logits"),
+    ("classification logits", "float32"): Tolerance(1.5, 1.1, _R_VALUES),
+    ("classification loss", "float64"): Tolerance(1e-13, 2.2e-16, "as the loss"),
+    ("classification loss", "float32"): Tolerance(5e-7, 1.1e-7, "as the loss"),
+    ("classification gradients", "float64"): Tolerance(1e-12, 2e-15, "as the gradients"),
+    ("classification gradients", "float32"): Tolerance(2e-6, 1.2e-6, "as the gradients"),
+    ("classification, texts judged otherwise", "float64"): Tolerance(0.0, 0.0, _COUNT),
+    ("classification, every loss", "float64"): Tolerance(1e-10, 1e-15, "100 steps of Adam, which amplifies rounding"),
+    ("classification, every parameter", "float64"): Tolerance(
+        1e-10, 1e-13, "100 steps of Adam, which amplifies rounding"
+    ),
     ("GPT-2 logits", "float64"): Tolerance(1e-12, 3.6e-15, "as the logits"),
     ("GPT-2 logits", "float32"): Tolerance(1.5, 0.82, _R_VALUES),
     ("end to end", "float32"): Tolerance(1.0, 0.00043, "standard errors of PyTorch's mean over five seeds"),
+    ("end to end, one seed", "float32"): Tolerance(
+        5e-3, None, "nats: half of what the seeds of minigpt spread by; rounding alone parts the two sides"
+    ),
     ("GPU logits", "float32, GPU"): Tolerance(1.5, None, _R_VALUES),
     ("GPU gradients", "float32, GPU"): Tolerance(2.0, None, _R_GRADIENTS),
     ("GPU logits", "bfloat16, GPU"): Tolerance(1.5, None, "the same casts, cuDNN's attention in place of ours"),

@@ -30,20 +30,21 @@ def compare_run(path: Path, which: str, data_dir: Path | None) -> Iterator[Row]:
         models[dtype].load_state_dict(weights)  # after the dtype: loading rounds to it
 
     n_rows = min(run.config.batch_size, len(tokens) // config.block_size)
-    idx_BT = tokens[: n_rows * config.block_size].reshape(n_rows, config.block_size)
+    idx_BT = tokens[: n_rows * config.block_size].reshape(n_rows, config.block_size).astype(np.int64)
     logits = jax.jit(lambda params, idx: executor.program.exact_model(params)(idx))(state.params, idx_BT)
     with torch.no_grad():
-        theirs, truth = (models[d](torch.from_numpy(idx_BT).long()).numpy() for d in ("float32", "float64"))
+        theirs, truth = (models[d](torch.from_numpy(idx_BT)).numpy() for d in ("float32", "float64"))
     case = f"{path.name} after {int(state.step)} steps"
     if precision == "float64":
         yield error_row("logits", precision, case, partial(max_abs, logits, truth))
     else:
         yield ratio_row("logits", precision, case, partial(own_errors, logits, theirs, truth))
 
-    loss, count = whole_split_loss(run, executor, state, tokens)
-    tokens = torch.from_numpy(tokens).long()
-    true_loss, true_count = torch_whole_split(models["float64"], tokens, run.config.batch_size)
-    torch_loss, _ = torch_whole_split(models["float32"], tokens, run.config.batch_size)
+    loss, count, *_ = whole_split_loss(executor, state.params, tokens, run.tokenizer)
+    end_of_text = run.tokenizer.end_of_text if run.config.packing == "documents" else None
+    split = (torch.from_numpy(tokens.astype(np.int64)), run.config.batch_size, end_of_text)
+    true_loss, true_count = torch_whole_split(models["float64"], *split)
+    torch_loss, _ = torch_whole_split(models["float32"], *split)
     assert count == true_count
     torch_error = abs(torch_loss / true_loss - 1) if precision == "float32" else None
     note = f"{loss:.6f}, PyTorch {torch_loss if precision == 'float32' else true_loss:.6f}, {count:,} tokens"

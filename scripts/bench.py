@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.cli import parse_flags, run_command
-from jaxgpt.config import PRESETS
 from jaxgpt.errors import UserError
+from jaxgpt.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ class Torch:
 class Ours:
     """The trainer's own compiled step."""
 
-    def __init__(self, executor: Any, state: Any, tokens_N: Any):
+    def __init__(self, executor: Any, state: Any, loader: Any):
         import jax
 
         self.name = f"jaxgpt, jax {jax.__version__}"
-        self.executor, self.state, self.tokens_N = executor, state, tokens_N
-        self.state, _ = executor.updates(self.state, tokens_N, 0)  # compiles
+        self.executor, self.loader, self.step = executor, loader, 0
+        self.state, _ = executor.updates(state, loader.take(0, 0), 0)  # compiles
 
     def run(self, n_steps: int) -> list[float]:
-        self.state, metrics = self.executor.updates(self.state, self.tokens_N, n_steps)
+        self.state, metrics = self.executor.updates(self.state, self.loader.take(self.step, n_steps), n_steps)
+        self.step += n_steps
         return metrics[:, 0].tolist()
 
 
@@ -78,11 +79,12 @@ def main() -> None:
         raise UserError("PyTorch is not installed, so there is nothing to compare with; run make env")
     if flags.json and not flags.json.parent.is_dir():
         raise UserError(f"--json {flags.json}: no such folder; create it first")
-    import jax
     import numpy as np
 
-    from jaxgpt import batches, parallel
-    from jaxgpt.datasets import cache_folder
+    from jaxgpt import parallel
+    from jaxgpt.batches import Order
+    from jaxgpt.data_files import cache_folder
+    from jaxgpt.loader import DeviceLoader
     from jaxgpt.train_step import Program
 
     config = PRESETS[flags.preset]
@@ -93,16 +95,15 @@ def main() -> None:
     state = executor.init_state()
     params = {name: np.array(p) for name, p in state.params.items()}
 
-    train_key = batches.stream_key(config.seed, batches.TRAIN)
-    starts_of = jax.jit(lambda s: batches.window_starts(train_key, s, len(tokens), config.batch_size, block_size))
-    n_steps = flags.steps * (flags.rounds + 1)
-    starts = [np.asarray(starts_of(np.int32(step))) for step in range(n_steps)]
+    order = Order(config, len(tokens))
+    starts_KB = order.starts(0, flags.steps * (flags.rounds + 1))
 
     def batch_of(step: int) -> tuple[Any, Any]:
-        window = tokens[starts[step][:, None] + np.arange(block_size + 1)]
+        window = tokens[starts_KB[step][:, None] + np.arange(block_size + 1)]
         return window[:, :-1], window[:, 1:]
 
-    sides = [Torch(config, params, batch_of), Ours(executor, state, executor.put(tokens))]
+    loader = DeviceLoader(tokens, order, executor.put)
+    sides = [Torch(config, params, batch_of), Ours(executor, state, loader)]
     losses: list[list[float]] = [[] for _ in sides]
     ms: list[list[float]] = [[] for _ in sides]
     for turn in range(flags.rounds + 1):

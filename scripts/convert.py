@@ -64,11 +64,13 @@ def main() -> None:
 def import_run(flags: ImportFlags) -> None:
     from jaxgpt.datasets import load_corpus
 
-    corpus = load_corpus(flags.dataset, flags.data_dir, print)
+    corpus = load_corpus(flags.dataset, flags.data_dir, print, flags.text_column)
     from jaxgpt import exchange
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
-    exchange.import_run(config, corpus, flags.weights, flags.optimizer_state, flags.out, flags.overwrite, print)
+    exchange.import_run(
+        config, corpus, flags.weights, flags.optimizer_state, flags.out, flags.overwrite, print, flags.data_dir
+    )
 
 
 def export_run(flags: ExportFlags) -> None:

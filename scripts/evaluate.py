@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxgpt.cli import parse_flags, run_command
+from jaxgpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,32 @@ class EvaluateFlags:
     """The last checkpoint, or the one with the lowest validation loss."""
     data_dir: Path | None = None
     """Folder to look for datasets in first."""
+    stride: int | None = None
+    """Windows begin so many tokens apart; each counts the tokens that none before it has, with at least a block minus
+    the stride before them. Default: windows side by side, the ragged rest left out."""
     json: bool = False
-    """Print {"loss", "ppl", "tokens"} and nothing else."""
+    """Print {"loss", "ppl", "tokens", "bits_per_byte"} and nothing else."""
 
 
 def main() -> None:
     flags = parse_flags(EvaluateFlags, sys.argv[1:], __doc__)
     from jaxgpt.loss import perplexity
-    from jaxgpt.trained import open_trained, split_of, whole_split_loss
+    from jaxgpt.trained import open_trained, say, split_of, whole_split_loss
 
     run, executor, state = open_trained(flags.run, flags.checkpoint)
-    loss, tokens = whole_split_loss(run, executor, state, split_of(run, flags.split, flags.data_dir))
+    block_size = run.config.model.block_size
+    if flags.stride is not None and not 1 <= flags.stride <= block_size:
+        raise UserError(f"--stride {flags.stride}: give a whole number from 1 to the run's block of {block_size}")
+    tokens_N = split_of(run, flags.split, flags.data_dir)
+    whole = whole_split_loss(executor, state.params, tokens_N, run.tokenizer, flags.stride, say)
+    ppl, bpb = perplexity(whole.loss), whole.bits_per_byte
     if flags.json:
-        print(json.dumps({"loss": loss, "ppl": perplexity(loss), "tokens": tokens}))
+        print(json.dumps({"loss": whole.loss, "ppl": ppl, "tokens": whole.tokens, "bits_per_byte": bpb}))
     else:
+        stride = f" at stride {flags.stride}" if flags.stride else ""
         print(
-            f"{flags.run} after {int(state.step)} steps, whole {flags.split} split ({tokens:,} tokens): "
-            f"loss {loss:.4f}  perplexity {perplexity(loss):.3f}"
+            f"{flags.run} after {int(state.step)} steps, whole {flags.split} split ({whole.tokens:,} tokens{stride}): "
+            f"loss {whole.loss:.4f}  perplexity {ppl:.3f}  bits per byte {bpb:.4f}"
         )
 
 

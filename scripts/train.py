@@ -18,11 +18,12 @@ def main() -> int:
     from jaxgpt.run_folder import recorded_choice
 
     display = Display()
-    corpus = load_corpus(recorded_choice(flags.out_dir, flags.dataset), flags.data_dir, display.line)
-    from jaxgpt.trainer import train
+    spec = recorded_choice(flags.out_dir, flags.dataset)
+    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column)
+    from jaxgpt.language_model import train
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
-    return train(config, corpus, flags.out_dir, flags.overwrite, display, STARTED)
+    return train(config, corpus, flags.out_dir, flags.overwrite, display, STARTED, flags.data_dir, flags.loader)
 
 
 if __name__ == "__main__":

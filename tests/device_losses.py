@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from jaxgpt import parallel
+from jaxgpt.batches import Order, whole_split
 from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.loader import DeviceLoader
 from jaxgpt.train_step import Program
 
 
@@ -31,14 +33,12 @@ def main() -> None:
     for kind, n_devices in (("jit", 1), ("jit", 8), ("pmap", 8)):
         program = Program(dataclasses.replace(config, parallel=kind), 50, parallel.numerics(config))
         executor = parallel.Executor(program, jax.devices()[:n_devices])
-        state, tokens_N = executor.init_state(), executor.put(tokens)
+        state, loader = executor.init_state(), DeviceLoader(tokens, Order(config, len(tokens)), executor.put)
         metrics = []
         for n_steps in (20, 1, 29):
-            state, rows = executor.updates(state, tokens_N, n_steps)
+            state, rows = executor.updates(state, loader.take(len(metrics), n_steps), n_steps)
             metrics += rows.tolist()
-        loss, count = executor.evaluate(
-            state.params, tokens_N, np.arange(48).reshape(3, 16), np.arange(48).reshape(3, 16) < 40
-        )
+        loss, count = executor.evaluate(state.params, whole_split(tokens[: 40 * 24 + 1], 16, 24)).sum(0)
         losses[f"{kind} {n_devices}"] = {
             "loss": [loss for loss, _ in metrics],
             "grad_norm": [norm for _, norm in metrics],

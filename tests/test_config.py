@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from jaxgpt.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig, differences, from_json, to_json
+from jaxgpt.config import ModelConfig, SamplingConfig, TrainConfig, differences, from_json, to_json
 from jaxgpt.errors import UserError
+from jaxgpt.presets import PRESETS
 
 
 def test_tinygpt_is_as_documented():
@@ -25,6 +26,17 @@ def test_minigpt_is_as_documented():
     assert (c.eval_every, c.eval_batches) == (500, 10)
 
 
+def test_wikitext2_is_as_documented():
+    c = PRESETS["wikitext2"]
+    assert dataclasses.astuple(c.model) == (4, 8, 256, 128, 0.1, False, "erf", "documented")
+    assert (c.batch_size, c.steps, c.epochs, c.lr, c.decay, c.decay_mask) == (16, 2000, 20, 3e-4, 0.1, "matrices")
+    assert (c.beta1, c.beta2, c.eps, c.clip) == (0.9, 0.95, 1e-8, 1.0)
+    assert (c.schedule, c.warmup_steps, c.decay_steps, c.min_lr) == ("warmup-cosine", 200, 2000, 3e-5)
+    assert (c.tokenizer, c.packing, c.min_chars, c.max_train_texts, c.max_val_texts) == ("gpt2", "chunks", 50, 500, 100)
+    assert (c.eval_every, c.eval_batches) == (0, 0)  # after each epoch, the whole split
+    assert (c.prompt, c.sample_tokens, c.sample_temperature, c.sample_top_k) == ("The history of", 50, 0.8, 40)
+
+
 @pytest.mark.parametrize(
     "build, flag, remedy",
     [
@@ -34,7 +46,13 @@ def test_minigpt_is_as_documented():
         (lambda: ModelConfig(dropout=1.0), "--model.dropout 1.0", "probability"),
         (lambda: TrainConfig(steps=0), "--steps 0", "at least 1"),
         (lambda: TrainConfig(batch_size=-4), "--batch-size -4", "at least 1"),
-        (lambda: TrainConfig(eval_every=0), "--eval-every 0", "at least 1"),
+        (lambda: TrainConfig(eval_every=0), "--eval-every 0", "at least 1; random windows"),
+        (lambda: TrainConfig(epochs=2), "--epochs 2", "--packing chunks"),
+        (lambda: TrainConfig(packing="documents"), "--packing documents", "--tokenizer gpt2"),
+        (lambda: TrainConfig(tokenizer="gpt3"), "--tokenizer gpt3", "bpe:N"),
+        (lambda: TrainConfig(tokenizer="bpe:12"), "--tokenizer bpe:12", "from 257"),
+        (lambda: TrainConfig(tokenizer="bpe:²"), "--tokenizer bpe", "choose of"),
+        (lambda: TrainConfig(min_chars=-1), "--min-chars -1", "at least 0"),
         (lambda: TrainConfig(lr=-1.0), "--lr -1.0", "positive"),
         (lambda: TrainConfig(lr=float("nan")), "--lr nan", "positive"),
         (lambda: TrainConfig(beta2=1.0), "--beta2 1.0", "not with, 1"),
@@ -73,6 +91,11 @@ def test_json_round_trip_and_differences():
         ("seed", 1337, 1),
         ("model.n_layer", 2, 3),
     ]
+
+
+def test_json_of_an_earlier_version_takes_the_defaults_of_what_came_later():
+    values = {k: v for k, v in to_json(TrainConfig()).items() if k not in ("packing", "epochs", "sample_top_k")}
+    assert from_json(values) == TrainConfig()
 
 
 def test_json_of_another_version_is_refused():

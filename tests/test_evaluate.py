@@ -11,7 +11,8 @@ def test_the_command_gives_the_summary_figures(command, trained):
     done = command("evaluate.py", trained, "--json")
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    assert got == {"loss": summary["val_loss"], "ppl": summary["val_ppl"], "tokens": summary["val_tokens"]}
+    names = {"loss": "val_loss", "ppl": "val_ppl", "tokens": "val_tokens", "bits_per_byte": "val_bits_per_byte"}
+    assert got == {name: summary[there] for name, there in names.items()}
     plain = command("evaluate.py", trained).stdout
     assert f"loss {summary['val_loss']:.4f}" in plain and "60 steps" in plain
 

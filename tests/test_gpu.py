@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxgpt import parallel
+from jaxgpt.batches import Order
 from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.loader import DeviceLoader
 from jaxgpt.train_step import Program
 
 pytestmark = [
@@ -28,7 +30,8 @@ def test_bfloat16_follows_float32(kind):
         numerics = parallel.numerics(cfg)
         assert numerics.attention == ("cudnn" if dtype == "auto" else "xla")
         executor = parallel.Executor(Program(cfg, 65, numerics))
-        _, metrics = executor.updates(executor.init_state(), executor.put(tokens), 50)
+        loader = DeviceLoader(tokens, Order(cfg, len(tokens)), executor.put)
+        _, metrics = executor.updates(executor.init_state(), loader.take(0, 50), 50)
         losses[dtype] = metrics[:, 0]
     assert losses["auto"][-1] < 0.9 * losses["auto"][0]
     np.testing.assert_allclose(losses["auto"], losses["float32"], rtol=2e-2)  # bf16 has eight bits

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each file may import those before it.
-ORDER = """errors versions config tensor_files tokenizer datasets batches model loss optimizer train_step parallel
-checkpoint run_folder generate trained convert exchange report console cli trainer""".split()
+ORDER = """errors versions config presets tensor_files data_files texts datasets labelled tokenizer tokens batches
+loader model loss optimizer train_step classifier parallel checkpoint run_folder generate trained convert exchange
+report console cli trainer language_model finetune""".split()
 
 
 def imported(path):
@@ -49,10 +50,14 @@ def test_the_reference_imports_no_jax(path):
     assert not packages & {"jax", "flax", "optax"} and modules <= {
         "config",
         "errors",
+        "labelled",
+        "presets",
         "cli",
+        "data_files",
         "datasets",
         "tensor_files",
         "tokenizer",
+        "tokens",
     }
 
 

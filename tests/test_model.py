@@ -10,10 +10,11 @@ import pytest
 
 from jaxgpt import model as models
 from jaxgpt import parallel
-from jaxgpt.config import PRESETS, ModelConfig, TrainConfig
+from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.generate import empty_cache
 from jaxgpt.loss import cross_entropy, perplexity
 from jaxgpt.model import Numerics
+from jaxgpt.presets import PRESETS
 
 CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=12, block_size=10)
 VOCAB = 7

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import parallel
+from jaxgpt.batches import Order, documents, whole_split
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import UserError
+from jaxgpt.loader import make_loader
 from jaxgpt.train_step import Program
 
 SMALL = TrainConfig(batch_size=4, model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=12))
@@ -50,27 +52,28 @@ def test_a_batch_that_does_not_divide_is_refused(kind):
         parallel.Executor(program, jax.devices()[:1] * 2)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, caplog):
+@pytest.mark.parametrize("kind, where", [("jit", "device"), ("pmap", "device"), ("jit", "host"), ("pmap", "host")])
+def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, where, caplog):
     import dataclasses
 
     config = dataclasses.replace(SMALL, parallel=kind)
 
-    def trained(dispatches):
+    def trained(dispatches, where):
         executor = parallel.Executor(Program(config, 50, parallel.numerics(config)))
-        state, tokens_N = executor.init_state(), executor.put(TOKENS)
-        state, none = executor.updates(state, tokens_N, 0)
+        loader = make_loader(TOKENS, Order(config, len(TOKENS)), executor.put, where)
+        state, none = executor.updates(executor.init_state(), loader.take(0, 0), 0)
         assert none.shape == (0, 2)
         rows = []
         with jax.log_compiles():
             for n_steps in dispatches:
-                state, metrics = executor.updates(state, tokens_N, n_steps)
+                state, metrics = executor.updates(state, loader.take(len(rows), n_steps), n_steps)
                 rows += metrics.tolist()
+        loader.close()
         return state, rows
 
     caplog.clear()
-    once, rows = trained([40])
-    parts, part_rows = trained([1, 13, 3, 22, 1])
+    once, rows = trained([40], "device")
+    parts, part_rows = trained([1, 13, 3, 22, 1], where)
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
     assert rows == part_rows and len(rows) == 40
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(parts), strict=True):
@@ -79,19 +82,34 @@ def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, caplog):
 
 def test_the_loss_reported_is_the_one_before_the_update():
     executor = parallel.Executor(Program(SMALL, 50, parallel.numerics(SMALL)))
-    tokens_N = executor.put(TOKENS)
-    _, metrics = executor.updates(executor.init_state(), tokens_N, 1)
+    loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor.put, "auto")
+    _, metrics = executor.updates(executor.init_state(), loader.take(0, 1), 1)
     assert metrics[0, 0] == pytest.approx(np.log(50), abs=0.05)  # of an untrained model
 
 
 def test_evaluation_leaves_out_what_only_fills_the_batch():
     executor = parallel.Executor(Program(SMALL, 50, parallel.numerics(SMALL)))
-    params, tokens_N = executor.init_state().params, executor.put(TOKENS)
-    start = np.array([[0, 12, 24, 36], [48, 0, 0, 0]])
-    real = np.array([[True] * 4, [True, False, False, False]])
-    loss, count = executor.evaluate(params, tokens_N, start, real)
-    assert count == 5 * 12
-    apart = [
-        executor.evaluate(params, tokens_N, np.full((1, 4), s), np.eye(1, 4, dtype=bool)) for s in range(0, 60, 12)
-    ]
-    assert loss == pytest.approx(sum(loss for loss, _ in apart), rel=1e-6)
+    params = executor.init_state().params
+    sums_J2 = executor.evaluate(params, whole_split(TOKENS[:61], 4, 12))
+    assert sums_J2.shape == (2, 2) and sums_J2[:, 1].tolist() == [4 * 12, 12]
+    apart = [executor.evaluate(params, whole_split(TOKENS[s : s + 13], 4, 12))[0, 0] for s in range(0, 60, 12)]
+    assert sums_J2[:, 0].sum() == pytest.approx(sum(apart), rel=1e-6)
+
+
+def test_packed_documents_are_as_each_alone():
+    """Logits of two documents in one window are those of each by itself, and what follows an end does not count."""
+    import dataclasses
+
+    config = dataclasses.replace(SMALL, packing="documents", tokenizer="gpt2", dtype="float64", batch_size=1)
+    with jax.enable_x64(True):
+        program = Program(config, 50, parallel.numerics(config), end_of_text=49)
+        params = program.init_state().params
+        first, second = np.array([[3, 1, 4, 49]]), np.array([[5, 9, 2, 6, 5, 49]])
+        both = np.concatenate([first, second], 1)
+        packed = program.model(params)(both, None, *documents(both, 49))
+        alone = np.concatenate([program.model(params)(idx) for idx in (first, second)], 1)
+        np.testing.assert_allclose(packed, alone, atol=1e-15)  # a few units in the last place of logits of 0.1
+        target = np.roll(both, -1, 1)
+        loss, count = program.loss_sum(params, both, target, None)
+        nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(alone)), target[..., None], -1)[0, :, 0]
+        assert count == 8 and loss == pytest.approx(nll[both[0] != 49].sum(), rel=1e-14)

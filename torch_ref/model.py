@@ -8,7 +8,8 @@ chooses by itself what to cast.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,14 @@ class Attention(nn.Module):
         seen_TS = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
         self.register_buffer("seen_TS", seen_TS, persistent=False)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, same_BTS: Tensor | None = None) -> Tensor:
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             W(x_BTC).view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for W in (self.Wq, self.Wk, self.Wv)
         )
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(C // self.n_head)
-        att_BHTS = score_BHTS.masked_fill(~self.seen_TS[:T, :T], -math.inf).softmax(dim=-1)
+        seen = self.seen_TS[:T, :T] if same_BTS is None else (self.seen_TS[:T, :T] & same_BTS)[:, None]
+        att_BHTS = score_BHTS.masked_fill(~seen, -math.inf).softmax(dim=-1)
         dtype = self.compute_dtype or x_BTC.dtype
         out_BHTD = (att_BHTS.to(dtype) @ v_BHSD.to(dtype)).to(x_BTC.dtype)  # cast: probabilities and values
         return self.Wo(out_BHTD.transpose(1, 2).reshape(B, T, C))
@@ -80,8 +82,14 @@ class Block(nn.Module):
         self.ff = nn.Sequential(Linear(C, 4 * C, compute_dtype), gelu, Linear(4 * C, C, compute_dtype))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BTC: Tensor, keep_attn_BTC: Tensor | None, keep_ff_BTC: Tensor | None) -> Tensor:
-        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC)), keep_attn_BTC)
+    def forward(
+        self,
+        x_BTC: Tensor,
+        keep_attn_BTC: Tensor | None,
+        keep_ff_BTC: Tensor | None,
+        same_BTS: Tensor | None = None,
+    ) -> Tensor:
+        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC), same_BTS), keep_attn_BTC)
         return x_BTC + self.dropout(self.ff(self.ln2(x_BTC)), keep_ff_BTC)
 
 
@@ -114,26 +122,66 @@ class GPT(nn.Module):
                 if name.endswith(("attn.Wo", "ff.2")):
                     nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx_BT: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits [B, T, V].
-
-        Args:
-            keep: dropout masks passed in, bool [B, T, C] each: after the embedding sum, then for each block after
-                attention and after ff. None: drawn by torch in training, none in evaluation.
-        """
-        keep = keep or [None] * (2 * len(self.blocks) + 1)
-        position_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-        x_BTC = self.dropout(self.token_emb(idx_BT) + self.pos_emb(position_T), keep[0])
-        for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2])
-        x_BTC = self.ln_f(x_BTC)
+    def forward(self, idx_BT: Tensor, keep: Sequence[Tensor] | None = None, end_of_text: int | None = None) -> Tensor:
+        """Logits [B, T, V]; arguments as in `hidden`."""
+        x_BTC = self.hidden(idx_BT, keep, end_of_text)
         weight_VC = self.token_emb.weight if self.lm_head is None else self.lm_head.weight
         dtype = self.compute_dtype or x_BTC.dtype
         # cast: operands to the compute dtype and back, so that the logits keep all digits of their sums
         return F.linear(x_BTC.to(dtype).to(x_BTC.dtype), weight_VC.to(dtype).to(x_BTC.dtype))
 
+    def hidden(self, idx_BT: Tensor, keep: Sequence[Tensor] | None = None, end_of_text: int | None = None) -> Tensor:
+        """Final-norm hidden states [B, T, C].
 
-def mean_loss(model: GPT, idx_BT: Tensor, target_BT: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:
-    """Next-token cross-entropy, the mean over all positions of the flattened logits."""
-    logits_BTV = model(idx_BT, keep)
-    return F.cross_entropy(logits_BTV.view(-1, logits_BTV.shape[-1]), target_BT.reshape(-1))
+        Args:
+            keep: dropout masks passed in, bool [B, T, C] each: after the embedding sum, then for each block after
+                attention and after ff. None: drawn by torch in training, none in evaluation.
+            end_of_text: the token that ends a packed document; then a token sees those of its own only, and positions
+                count from the document's start. None: all that stands before in the window.
+        """
+        keep = keep or [None] * (2 * len(self.blocks) + 1)
+        position_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        position, same_BTS = position_T, None
+        if end_of_text is not None:
+            ended_BT = idx_BT[:, :-1] == end_of_text
+            begins_BT = torch.cat([torch.zeros_like(ended_BT[:, :1]), ended_BT], 1)
+            document_BT = begins_BT.cumsum(1)
+            same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
+            position = position_T - (begins_BT * position_T).cummax(1).values
+        x_BTC = self.dropout(self.token_emb(idx_BT) + self.pos_emb(position), keep[0])
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2], same_BTS)
+        return self.ln_f(x_BTC)
+
+
+@contextmanager
+def exact(model: GPT) -> Iterator[None]:
+    """The model in evaluation mode with products in the parameters' dtype, as evaluation is documented."""
+    was_training, with_dtype = model.training, [m for m in model.modules() if hasattr(m, "compute_dtype")]
+    dtypes = [m.compute_dtype for m in with_dtype]
+    model.eval()
+    for m in with_dtype:
+        m.compute_dtype = None
+    try:
+        yield
+    finally:
+        for m, dtype in zip(with_dtype, dtypes, strict=True):
+            m.compute_dtype = dtype
+        model.train(was_training)
+
+
+def mean_loss(
+    model: GPT,
+    idx_BT: Tensor,
+    target_BT: Tensor,
+    keep: Sequence[Tensor] | None = None,
+    end_of_text: int | None = None,
+) -> Tensor:
+    """Next-token cross-entropy, the mean over all positions of the flattened logits.
+
+    With packed documents what follows the end of a text is left out: it is not to be told from it.
+    """
+    logits_BTV = model(idx_BT, keep, end_of_text)
+    if end_of_text is not None:
+        target_BT = target_BT.masked_fill(idx_BT == end_of_text, -100)
+    return F.cross_entropy(logits_BTV.view(-1, logits_BTV.shape[-1]), target_BT.reshape(-1), ignore_index=-100)

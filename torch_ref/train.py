@@ -6,10 +6,12 @@ Axes: B batch, T time.
 """
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from torch import Tensor
 
 from jaxgpt import tensor_files
 from jaxgpt.cli import config_of, parse_train_flags, run_command
-from jaxgpt.config import PRESETS, SamplingConfig, TrainConfig, flag
-from jaxgpt.datasets import load_corpus, sample_prompt, split_tokens
+from jaxgpt.config import SamplingConfig, TrainConfig, flag
+from jaxgpt.datasets import load_corpus
 from jaxgpt.errors import LossNotFinite, UserError
-from jaxgpt.tokenizer import decode, make_tokenizer
+from jaxgpt.presets import PRESETS
+from jaxgpt.tokenizer import decode
+from jaxgpt.tokens import prepare, sample_prompt
 from torch_ref.generate import generate
-from torch_ref.model import GPT, mean_loss
+from torch_ref.model import GPT, exact, mean_loss
 from torch_ref.train_step import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
@@ -56,19 +60,20 @@ def train(
     steps: Iterable[int],
     keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
+    end_of_text: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """The loop: yields each step with its loss before the update.
 
     Args:
         batch_of: the batch of a step.
         keep_of: the dropout masks of a step; None lets torch draw them.
-        clip: as in `update`.
+        clip, end_of_text: as in `update`.
     """
     for step in steps:
         model.train()
         idx_BT, target_BT = batch_of(step)
         lr = learning_rate(config, step)
-        yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip)
+        yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip, end_of_text)
 
 
 def random_batch(tokens_N: Tensor, config: TrainConfig, generator: torch.Generator) -> Batch:
@@ -79,34 +84,66 @@ def random_batch(tokens_N: Tensor, config: TrainConfig, generator: torch.Generat
     return window_BT[:, :-1], window_BT[:, 1:]
 
 
-@torch.no_grad()
-def validation_loss(model: GPT, config: TrainConfig, batch_of: Callable[[], Batch]) -> float:
-    """The mean over random validation batches, in evaluation mode."""
-    model.eval()
-    return sum(mean_loss(model, *batch_of()).item() for _ in range(config.eval_batches)) / config.eval_batches
+def chunks(tokens_N: Tensor, block_size: int) -> Tensor:
+    """Windows of a block plus one at stride a block: start in range(0, N - block_size, block_size), [J, T + 1]."""
+    return tokens_N.unfold(0, block_size + 1, block_size)
+
+
+def epochs(tokens_N: Tensor, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of packed chunks, shuffled anew each epoch; a ragged last batch is left out."""
+    chunk_JT = chunks(tokens_N, config.model.block_size)
+    while True:
+        order_J = torch.randperm(len(chunk_JT), generator=generator)
+        for at in range(0, len(order_J) - config.batch_size + 1, config.batch_size):
+            window_BT = chunk_JT[order_J[at : at + config.batch_size]]
+            yield window_BT[:, :-1], window_BT[:, 1:]
+
+
+def random_batches(tokens_N: Tensor, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Random windows without end."""
+    while True:
+        yield random_batch(tokens_N, config, generator)
 
 
 @torch.no_grad()
-def whole_split_loss(model: GPT, tokens_N: Tensor, batch_size: int) -> tuple[float, int]:
+def validation_loss(model: GPT, batches: Iterable[Batch], end_of_text: int | None = None) -> float:
+    """The mean of the batches' mean losses, in evaluation mode and in the parameters' dtype."""
+    with exact(model):
+        losses = [mean_loss(model, *batch, end_of_text=end_of_text).item() for batch in batches]
+    return sum(losses) / len(losses)
+
+
+def in_order(tokens_N: Tensor, config: TrainConfig) -> Iterator[Batch]:
+    """The batches of a whole split; the ragged last one counts as one."""
+    for window_BT in chunks(tokens_N, config.model.block_size).split(config.batch_size):
+        yield window_BT[:, :-1], window_BT[:, 1:]
+
+
+@torch.no_grad()
+def whole_split_loss(
+    model: GPT, tokens_N: Tensor, batch_size: int, end_of_text: int | None = None
+) -> tuple[float, int]:
     """The mean loss over all non-overlapping windows of a block, the ragged rest left out, and the number of tokens."""
-    model.eval()
-    block_size = model.pos_emb.num_embeddings
-    window_JT = tokens_N.unfold(0, block_size + 1, block_size)
-    total = 0.0
-    for window_BT in window_JT.split(batch_size):
-        total += mean_loss(model, window_BT[:, :-1], window_BT[:, 1:]).item() * len(window_BT)
-    return total / len(window_JT), len(window_JT) * block_size
+    total, count = 0.0, 0
+    with exact(model):
+        for window_BT in chunks(tokens_N, model.pos_emb.num_embeddings).split(batch_size):
+            idx_BT, target_BT = window_BT[:, :-1], window_BT[:, 1:]
+            counted = idx_BT.numel() if end_of_text is None else int((idx_BT != end_of_text).sum())
+            total += mean_loss(model, idx_BT, target_BT, end_of_text=end_of_text).item() * counted
+            count += counted
+    return total / count, count
 
 
 def main() -> None:
     flags = parse_train_flags(sys.argv[1:], __doc__, ReferenceFlags)
     config = _checked(flags)
-    corpus = load_corpus(config.dataset, flags.data_dir, print)
-    tokenizer = make_tokenizer(config.tokenizer, corpus.text)
-    split = split_tokens(corpus, tokenizer, config.model.block_size)
-    train_tokens, val_tokens = (torch.from_numpy(tokens).long() for tokens in split)
+    corpus = load_corpus(config.dataset, flags.data_dir, print, config.text_column)
+    config, data = prepare(config, corpus, flags.data_dir, print)
+    tokenizer = data.tokenizer
+    train_N, val_N = (torch.from_numpy(tokens.astype(np.int64)) for tokens in (data.train_N, data.val_N))
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     prompt_ids = tokenizer.encode(prompt).tolist()
+    end_of_text = tokenizer.end_of_text if config.packing == "documents" else None
 
     torch.manual_seed(config.seed)
     model = GPT(config.model, tokenizer.vocab_size, torch.bfloat16 if config.dtype == "bfloat16" else None)
@@ -115,21 +152,35 @@ def main() -> None:
     start = _load(flags, model, optimizer, config)
     # Streams of their own, so that evaluating changes no training batch.
     train_draw, val_draw = (torch.Generator().manual_seed(config.seed + stream) for stream in (1, 2))
+    source = random_batches if config.packing == "windows" else epochs
+    batches, val_batches = source(train_N, config, train_draw), random_batches(val_N, config, val_draw)
     for _ in range(start):  # a run that goes on takes the batches that it would have taken
-        random_batch(train_tokens, config, train_draw)
+        next(batches)
 
+    per_epoch = len(chunks(train_N, config.model.block_size)) // config.batch_size
     width, begun = len(str(config.steps - 1)), time.perf_counter()
     steps = range(start, config.steps)
-    for step, loss in train(model, optimizer, config, lambda _: random_batch(train_tokens, config, train_draw), steps):
+    for step, loss in train(model, optimizer, config, lambda _: next(batches), steps, end_of_text=end_of_text):
         if loss != loss or loss in (float("inf"), -float("inf")):
             raise LossNotFinite(f"step {step}: loss {loss}; try a lower --lr or --clip 1")
-        if step % config.eval_every == 0 or step == config.steps - 1:
-            val_loss = validation_loss(model, config, lambda: random_batch(val_tokens, config, val_draw))
-            print(f"step {step:0{width}d}  train {loss:.3f}  val {val_loss:.3f}", flush=True)
-    loss, count = whole_split_loss(model, val_tokens, config.batch_size)
+        due = step % config.eval_every == 0 if config.eval_every else (step + 1) % per_epoch == 0
+        if due or step == config.steps - 1:
+            some = islice(val_batches, config.eval_batches) if config.eval_batches else in_order(val_N, config)
+            val_loss = validation_loss(model, some, end_of_text)
+            if config.eval_every:
+                print(f"step {step:0{width}d}  train {loss:.3f}  val {val_loss:.3f}", flush=True)
+            else:
+                epoch, lr = (step + 1) / per_epoch, learning_rate(config, step)
+                print(
+                    f"epoch {epoch:<4.3g} step {step:0{width}d}  lr {lr:.2e}  val_loss {val_loss:.4f}  "
+                    f"val_ppl {math.exp(val_loss):.1f}",
+                    flush=True,
+                )
+    loss, count = whole_split_loss(model, val_N, config.batch_size, end_of_text)
     print(f"whole validation split ({count:,} tokens): loss {loss:.4f}  ({time.perf_counter() - begun:.0f} s)")
-    sampling = SamplingConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
-    ids = generate(model, prompt_ids, sampling, generator=torch.Generator().manual_seed(config.seed))
+    sampling = SamplingConfig(config.sample_tokens, config.sample_temperature, config.sample_top_k, seed=config.seed)
+    with exact(model):
+        ids = list(generate(model, prompt_ids, sampling, generator=torch.Generator().manual_seed(config.seed)))
     print(f"---\n{prompt}{decode(tokenizer, ids)}\n---")
     _save(flags, model, optimizer, config)
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import OptimizerConfig, TrainConfig
 from torch_ref.model import GPT, mean_loss
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW or SGD over two groups, with and without decay. The learning rate is set before each update."""
 
     def decays(name: str, p: Tensor) -> bool:
@@ -28,7 +28,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int) -> float:
     """The rate of update `step`, counted from 0.
 
     constant: lr. warmup-cosine: lr * step / warmup_steps, so 0 at step 0; then half a cosine from lr down to min_lr at
@@ -54,16 +54,28 @@ def update(
     target_BT: Tensor,
     keep: Sequence[Tensor] | None = None,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
+    end_of_text: int | None = None,
 ) -> float:
     """One update at the given rate; returns the loss before it.
 
     Args:
-        keep: dropout masks, as in `GPT.forward`.
+        keep, end_of_text: dropout masks and packed documents, as in `GPT.hidden`.
         clip: what limits the global norm; PyTorch's own, which divides by norm + 1e-6.
     """
+    return apply(mean_loss(model, idx_BT, target_BT, keep, end_of_text), model, optimizer, config, lr, clip)
+
+
+def apply(
+    loss: Tensor,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    config: OptimizerConfig,
+    lr: float,
+    clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
+) -> float:
+    """Follows a loss back and updates; returns its value."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = mean_loss(model, idx_BT, target_BT, keep)
     optimizer.zero_grad()
     loss.backward()
     if config.clip:

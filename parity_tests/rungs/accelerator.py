@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from jaxgpt import parallel
-from jaxgpt.config import PRESETS
 from jaxgpt.convert import to_torch
+from jaxgpt.presets import PRESETS
 from jaxgpt.train_step import ALONE, Program
 from parity_tests.harness import Row, own_errors, ratio_row
 from parity_tests.sides import BATCH, Case, Results, flax_params, flax_results, precision_of, torch_results

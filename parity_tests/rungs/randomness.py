@@ -16,8 +16,9 @@ from scipy import stats
 from jaxgpt import generate as ours
 from jaxgpt import model
 from jaxgpt.batches import SAMPLE, stream_key
-from jaxgpt.config import PRESETS, ModelConfig, SamplingConfig
+from jaxgpt.config import ModelConfig, SamplingConfig
 from jaxgpt.convert import to_torch
+from jaxgpt.presets import PRESETS
 from jaxgpt.train_step import ALONE
 from parity_tests import sides
 from parity_tests.harness import Row

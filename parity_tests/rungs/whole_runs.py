@@ -6,19 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 
-from jaxgpt import batches, parallel
-from jaxgpt.config import PRESETS
+from jaxgpt import parallel
+from jaxgpt.batches import Order
 from jaxgpt.convert import to_torch
-from jaxgpt.datasets import NotAvailable, load_corpus, split_tokens
-from jaxgpt.tokenizer import make_tokenizer
+from jaxgpt.data_files import NotAvailable
+from jaxgpt.datasets import load_corpus
+from jaxgpt.loader import DeviceLoader
+from jaxgpt.presets import PRESETS
+from jaxgpt.tokens import prepare
 from jaxgpt.train_step import Program
+from jaxgpt.trained import whole_split_loss
 from parity_tests.harness import Row
+from parity_tests.sides import masks_of
 from torch_ref.model import GPT
-from torch_ref.train import train, whole_split_loss
+from torch_ref.train import train
+from torch_ref.train import whole_split_loss as torch_whole_split
 from torch_ref.train_step import make_optimizer
 
 SEEDS = 5
@@ -38,13 +43,13 @@ class WholeRun:
         self, preset: str, seed: int, data_dir: Path | None, say: Callable[[str], None], steps: int | None = None
     ):
         config = dataclasses.replace(PRESETS[preset], seed=seed)
-        self.config = config = dataclasses.replace(config, steps=steps or config.steps)
+        config = dataclasses.replace(config, steps=steps or config.steps)
         self.say, self.name = say, f"{preset}, seed {seed}"
-        corpus = load_corpus(config.dataset, data_dir, say)
-        tokenizer = make_tokenizer(config.tokenizer, corpus.text)
-        self.tokens, self.val_tokens = split_tokens(corpus, tokenizer, config.model.block_size)
-        self.vocab_size = tokenizer.vocab_size
-        program = Program(config, self.vocab_size, parallel.numerics(config))
+        self.config, self.data = config, data = prepare(
+            config, load_corpus(config.dataset, data_dir, say), data_dir, say
+        )
+        self.order = Order(config, len(data.train_N))
+        program = Program(config, data.tokenizer.vocab_size, parallel.numerics(config), data.tokenizer.end_of_text)
         self.executor = parallel.Executor(program, parallel.one_device())
 
     def side(self, name: str) -> tuple[float, float]:
@@ -59,30 +64,35 @@ class WholeRun:
         """The loss over the whole validation split after training with our program."""
         config, executor = self.config, self.executor
         state = executor.init_state()
-        tokens_N = executor.put(batches.device_tokens(self.tokens, self.vocab_size))
-        for _ in range(0, config.steps, 250):
-            state, _ = executor.updates(state, tokens_N, min(250, config.steps - int(state.step)))
-        val_N = executor.put(batches.device_tokens(self.val_tokens, self.vocab_size))
-        return executor.whole_split_loss(state.params, val_N)[0]
+        loader = DeviceLoader(self.data.train_N, self.order, executor.put)
+        for at in range(0, config.steps, 250):
+            n_steps = min(250, config.steps - at)
+            state, _ = executor.updates(state, loader.take(at, n_steps), n_steps)
+        return whole_split_loss(executor, state.params, self.data.val_N, self.data.tokenizer).loss
 
     def torch(self) -> float:
-        """The same after training with PyTorch, from our initial weights and on our batches."""
+        """The same after training with PyTorch, from our initial weights, on our batches and with our dropout masks."""
         config = self.config
         weights = to_torch(self.executor.init_state().params)
-        model = GPT(config.model, self.vocab_size)
+        model = GPT(config.model, self.data.tokenizer.vocab_size)
         model.load_state_dict({name: torch.tensor(np.array(p)) for name, p in weights.items()})
-        train_key, block_size = batches.stream_key(config.seed, batches.TRAIN), config.model.block_size
-        draw = jax.jit(batches.window_starts, static_argnums=(2, 3, 4))
+        end_of_text = self.data.tokenizer.end_of_text if config.packing == "documents" else None
+
+        def keep_of(step: int) -> list[torch.Tensor] | None:
+            masks = masks_of(config, step)
+            return masks and [torch.from_numpy(mask) for mask in masks]
 
         def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            start_B = np.asarray(draw(train_key, np.int32(step), len(self.tokens), config.batch_size, block_size))
-            window = self.tokens[start_B[:, None] + np.arange(block_size + 1)]
-            return torch.from_numpy(window[:, :-1]).long(), torch.from_numpy(window[:, 1:]).long()
+            start_B = self.order.starts(step, 1)[0]
+            window = self.data.train_N[start_B[:, None] + np.arange(config.model.block_size + 1)].astype(np.int64)
+            return torch.from_numpy(window[:, :-1]), torch.from_numpy(window[:, 1:])
 
-        for step, _ in train(model, make_optimizer(model, config), config, batch_of, range(config.steps)):
-            if step % 1000 == 999:
+        optimizer = make_optimizer(model, config)
+        for step, _ in train(model, optimizer, config, batch_of, range(config.steps), keep_of, end_of_text=end_of_text):
+            if (step + 1) % (config.steps // 5) == 0:
                 self.say(f"{self.name}: PyTorch at step {step + 1} of {config.steps}")
-        return whole_split_loss(model, torch.from_numpy(self.val_tokens).long(), config.batch_size)[0]
+        val_N = torch.from_numpy(self.data.val_N.astype(np.int64))
+        return torch_whole_split(model, val_N, config.batch_size, end_of_text)[0]
 
 
 Results = dict[str, dict[str, float]]  # seed -> {"ours", "torch", "ours_s", "torch_s"}
@@ -107,8 +117,11 @@ def run_seeds(
 
 
 def row(label: str, results: Results) -> Row:
-    """The difference of the mean losses, in standard errors of PyTorch's mean over its seeds."""
+    """The difference of the mean losses, in standard errors of PyTorch's mean over its seeds; of one seed in nats."""
     ours, theirs = ([found[side] for found in results.values()] for side in ("ours", "torch"))
+    if len(results) == 1:
+        note = f"loss {ours[0]:.5f}, PyTorch {theirs[0]:.5f}; from the same start, on the same batches and masks"
+        return Row("end to end, one seed", "float32", label, abs(ours[0] - theirs[0]), note=note)
     spread = statistics.stdev(theirs)
     difference = abs(statistics.mean(ours) - statistics.mean(theirs))
     note = (

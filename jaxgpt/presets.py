@@ -1,0 +1,46 @@
+"""The documented loops as configurations: the defaults of all flags, by `--preset`."""
+
+from jaxgpt.config import ModelConfig, TrainConfig
+
+PRESETS = {
+    # Section 1 of docs/loops.md: the toy loop, one validation batch every 50 steps, clipped.
+    "tinygpt": TrainConfig(
+        preset="tinygpt",
+        steps=500,
+        clip=1.0,
+        eval_every=50,
+        eval_batches=1,
+        checkpoint_every=100,
+        model=ModelConfig(n_layer=4, n_head=4, n_embd=64, block_size=64),
+    ),
+    # Section 2: no clipping, constant rate.
+    "minigpt": TrainConfig(preset="minigpt"),
+    # Section 3: the modern recipe.
+    "wikitext2": TrainConfig(
+        preset="wikitext2",
+        dataset="wikitext-2",
+        tokenizer="gpt2",
+        min_chars=50,
+        max_train_texts=500,
+        max_val_texts=100,
+        packing="chunks",
+        batch_size=16,
+        steps=2000,
+        epochs=20,
+        eval_every=0,
+        eval_batches=0,
+        beta2=0.95,
+        weight_decay=0.1,
+        decay_mask="matrices",
+        clip=1.0,
+        schedule="warmup-cosine",
+        warmup_steps=200,
+        decay_steps=2000,
+        min_lr=3e-5,
+        prompt="The history of",
+        sample_tokens=50,
+        sample_temperature=0.8,
+        sample_top_k=40,
+        model=ModelConfig(n_layer=4, n_head=8, n_embd=256, block_size=128, dropout=0.1),
+    ),
+}

@@ -1,0 +1,143 @@
+"""The documented fine-tuning in PyTorch: a linear head over classes on the final-norm hidden states.
+
+python -m torch_ref.finetune --weights w.safetensors --dataset ag_news
+
+Beside `scripts/finetune.py`; the weights are what `scripts/convert.py export` or torch_ref.train writes.
+Batches are drawn by torch here; `train` takes any others.
+Axes: B batch, T time, C n_embd, K classes.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jaxgpt import tensor_files
+from jaxgpt.cli import parse_flags, run_command
+from jaxgpt.config import FinetuneConfig, ModelConfig, flag
+from jaxgpt.errors import UserError
+from jaxgpt.labelled import choose, load_labelled
+from jaxgpt.presets import PRESETS
+from jaxgpt.tokenizer import Gpt2Tokenizer, gpt2_folder
+from torch_ref.model import GPT
+from torch_ref.train_step import apply, learning_rate, make_optimizer
+
+Batch = tuple[Tensor, Tensor, Tensor]  # token ids int64 [B, T] with padding, lengths [B], classes [B]
+
+
+class Classifier(GPT):
+    """The GPT's body with a head over classes. `pool` as in `FinetuneConfig`."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, pool: str):
+        super().__init__(dataclasses.replace(config, tied_head=True), vocab_size)
+        self.pool = pool
+        self.classifier = nn.Linear(config.n_embd, n_classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+
+    def forward(self, idx_BT: Tensor, length_B: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits [B, K] of texts padded on the right, of which the first `length_B` tokens are real."""
+        x_BTC = self.hidden(idx_BT, keep)
+        if self.pool == "last":
+            x_BC = x_BTC[:, -1]
+        elif self.pool == "last_token":
+            x_BC = x_BTC[torch.arange(len(x_BTC)), length_B - 1]
+        else:
+            x_BC = torch.stack([x_TC[:length].mean(0) for x_TC, length in zip(x_BTC, length_B.tolist(), strict=True)])
+        return self.classifier(x_BC)
+
+
+def pad(texts: Sequence[Sequence[int]], max_tokens: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Token ids [N, T], cut and padded on the right, and how many of each are real [N]."""
+    cut = [list(ids[:max_tokens]) for ids in texts]
+    idx = [ids + [padding] * (max_tokens - len(ids)) for ids in cut]
+    return torch.tensor(idx), torch.tensor([len(ids) for ids in cut])
+
+
+def train(
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    config: FinetuneConfig,
+    batches: Iterable[Batch],
+    keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
+) -> Iterator[float]:
+    """The loop: yields each step's loss before its update."""
+    for step, (idx_BT, length_B, label_B) in enumerate(batches):
+        model.train()
+        loss = F.cross_entropy(model(idx_BT, length_B, keep_of(step)), label_B)
+        yield apply(loss, model, optimizer, config, learning_rate(config, step))
+
+
+def epochs(data: Batch, config: FinetuneConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """All texts in a new order each epoch; the last batch of an epoch is smaller."""
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(data[0]), generator=generator).split(config.batch_size):
+            yield tuple(x[rows] for x in data)
+
+
+@torch.no_grad()
+def test(model: Classifier, data: Batch, batch_size: int) -> tuple[float, float]:
+    """Mean loss and accuracy on all texts, in evaluation mode."""
+    model.eval()
+    idx_NT, length_N, label_N = data
+    parts = zip(idx_NT.split(batch_size), length_N.split(batch_size), strict=True)
+    logits_NK = torch.cat([model(*part) for part in parts])
+    accuracy = (logits_NK.argmax(-1) == label_N).double().mean().item()
+    return F.cross_entropy(logits_NK, label_N).item(), accuracy
+
+
+@dataclass(frozen=True)
+class ReferenceFlags(FinetuneConfig):
+    """The flags of scripts/finetune.py that this loop has a use for, the model's, and files."""
+
+    weights: Path = tyro.MISSING
+    """Start from these weights of a language model over GPT-2's tokens (safetensors, the write-ups' names)."""
+    data_dir: Path | None = None
+    """Folder to look for datasets in first."""
+    model: ModelConfig = field(default_factory=lambda: PRESETS["wikitext2"].model)
+    steps: tyro.conf.Suppress[int] = 0
+
+
+def main() -> None:
+    flags = parse_flags(ReferenceFlags, sys.argv[1:], __doc__)
+    for name in ("dtype", "parallel", "checkpoint_every", "keep_checkpoints"):
+        if getattr(flags, name) != getattr(FinetuneConfig, name):
+            raise UserError(f"{flag(name)}: the reference has one device, float32 and no checkpoints; leave it out")
+    found = load_labelled(flags, flags.data_dir, print)
+    tokenizer = Gpt2Tokenizer(gpt2_folder(flags.data_dir, print))
+    torch.manual_seed(flags.seed)
+    model = Classifier(flags.model, tokenizer.vocab_size, len(found.labels), flags.pool)
+    weights = tensor_files.read(flags.weights, "--weights")
+    body = {name: torch.from_numpy(p) for name, p in weights.items() if name != "lm_head.weight"}
+    wanted = {name: p for name, p in model.state_dict().items() if not name.startswith("classifier.")}
+    if {n: p.shape for n, p in body.items()} != {n: p.shape for n, p in wanted.items()}:
+        raise UserError(f"--weights {flags.weights}: not of this model over GPT-2's tokens; give other --model flags")
+    model.load_state_dict(body, strict=False)
+
+    def encoded(examples: Sequence[tuple[str, int]]) -> Batch:
+        ids = [tokenizer.encode(text).tolist() for text, _ in examples]
+        return *pad(ids, flags.max_tokens, tokenizer.end_of_text), torch.tensor([label for _, label in examples])
+
+    chosen = choose(found.train, flags.train_samples, flags.seed)
+    train_data, test_data = encoded(chosen), encoded(found.test)
+    per_epoch = math.ceil(len(chosen) / flags.batch_size)
+    config = dataclasses.replace(flags, steps=flags.epochs * per_epoch)
+    optimizer = make_optimizer(model, config)
+    batches = epochs(train_data, config, torch.Generator().manual_seed(flags.seed))
+    for step, loss in enumerate(train(model, optimizer, config, batches), 1):
+        if step % per_epoch == 0:
+            test_loss, accuracy = test(model, test_data, flags.batch_size)
+            print(
+                f"epoch {step // per_epoch}  train loss {loss:.3f}  test loss {test_loss:.4f}  accuracy {accuracy:.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)
