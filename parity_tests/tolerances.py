@@ -58,7 +58,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
         "attention is flat there and its queries' gradients cancel: PyTorch's own error is 1.7e-6; R is gated too",
     ),
     ("gradients, wide model", "float32"): Tolerance(
-        5e-6, 1.9e-6, "n_embd 256: sums four times as long; PyTorch's own is 1.5e-6, and R is held as everywhere"
+        5e-6, 1.9e-6, "n_embd 256: sums four times as long; PyTorch's own is 1.9e-6, and R is held as everywhere"
     ),
     ("gradients, R median", "float32"): Tolerance(2.0, 1.1, _R_GRADIENTS),
     ("gradients, R worst", "float32"): Tolerance(4.0, 2, _R_GRADIENTS),
