@@ -53,6 +53,8 @@ class Numerics:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     attention: AttentionImplementation = "xla"
+    logits_at_once: int = 2**26  # the loss takes the batch in chunks of about so many logits
+    head_multiple: int = 1  # within the loss the head is widened to a multiple of this
 
 
 class Linear(nnx.Linear):
@@ -211,6 +213,12 @@ class Block(nnx.Module):
         return x_NC + dropout(branch, self.dropout, row_key_B, 2 * self.index + 2), cache
 
 
+def head_logits(x_BTC: Array, head_CV: Array, compute_dtype: Any) -> Array:
+    """The logits [..., V] of hidden states [..., C], in the head's dtype."""
+    operands = (a.astype(compute_dtype) for a in (x_BTC, head_CV))  # cast: operands to the compute dtype,
+    return jnp.dot(*operands, preferred_element_type=head_CV.dtype)  # sums and logits in the parameters': all digits
+
+
 class GPT(nnx.Module):
     """Token and position embeddings, blocks, a final norm, a head without bias (tied: the token embedding's matrix)."""
 
@@ -231,8 +239,6 @@ class GPT(nnx.Module):
                 use_bias=False,
                 kernel_init=weight_init,
                 param_dtype=numerics.param_dtype,
-                dtype=numerics.compute_dtype,  # cast: operands to the compute dtype,
-                preferred_element_type=numerics.param_dtype,  # sums and logits in the parameters': they keep all digits
                 rngs=rngs,
             )
 
@@ -266,13 +272,14 @@ class GPT(nnx.Module):
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
 
+    @property
+    def head_CV(self) -> Array:
+        """The head's matrix, in the parameters' dtype."""
+        return self.token_emb.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
     def logits(self, x_BTC: Array) -> Array:
         """[..., V] in the parameters' dtype, of hidden states [..., C]."""
-        if self.lm_head is not None:
-            return self.lm_head(x_BTC)
-        weight_VC = self.token_emb.embedding[...]
-        operands = (a.astype(self.compute_dtype) for a in (x_BTC, weight_VC))  # cast: as in an untied head
-        return jnp.einsum("...C,VC->...V", *operands, preferred_element_type=weight_VC.dtype)
+        return head_logits(x_BTC, self.head_CV, self.compute_dtype)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jaxgpt import batches
 from jaxgpt.batches import Feed, Resident
 from jaxgpt.config import TrainConfig
-from jaxgpt.loss import cross_entropy
+from jaxgpt.loss import head_cross_entropy
 from jaxgpt.model import GPT, Numerics, Params, bind, init_params
 from jaxgpt.optimizer import make_optimizer
 
@@ -91,9 +91,16 @@ class Program:
             document_BT, position_BT = batches.documents(idx_BT, self.end_of_text)
             within_BT = idx_BT != self.end_of_text  # what follows the end of a text is not to be told from it
             counts_BT = within_BT if counts_BT is None else counts_BT & within_BT
-        logits_BTV = model(idx_BT, row_key_B, document_BT, position_BT)
-        weight_N = None if counts_BT is None else counts_BT.reshape(-1)
-        return cross_entropy(logits_BTV.reshape(target_BT.size, -1), target_BT.reshape(-1), weight_N)
+        x_BTC, _ = model.hidden(idx_BT, row_key_B, document_BT=document_BT, position_BT=position_BT)
+        return head_cross_entropy(
+            x_BTC,
+            model.head_CV,
+            target_BT,
+            counts_BT,
+            compute_dtype=model.compute_dtype,
+            logits_at_once=self.numerics.logits_at_once,
+            head_multiple=self.numerics.head_multiple,
+        )
 
     def loss_and_grads(
         self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import batches, convert, generate, loss, model, optimizer, train_step
+from jaxgpt import batches, convert, generate, loss, model, optimizer
 from jaxgpt.model import GPT, Block, Linear
 from jaxgpt.train_step import Program
 
@@ -119,11 +119,27 @@ def bfloat16_stream(self: Block, x: Any, attn: Any, drop: Any) -> Any:
 
 
 def logits(change: Callable[[Any], Any]) -> Patch:
-    return wrap(GPT, "logits", lambda real: lambda self, x: change(real(self, x)))
+    def wrapper(real: Any) -> Any:
+        return lambda x, head, dtype: change(real(x, head, dtype))
+
+    return together(wrap(model, "head_logits", wrapper), wrap(loss, "head_logits", wrapper))
 
 
-def cross_entropy(wrapper: Callable[[Any], Any]) -> Patch:
-    return together(wrap(loss, "cross_entropy", wrapper), wrap(train_step, "cross_entropy", wrapper))
+def every_target_counts(real: Any) -> Any:
+    return lambda x, head, target, counts=None, **how: real(x, head, target, None, **how)
+
+
+def padding_counts(real: Any) -> Any:
+    return lambda logits, data, n_vocab: real(logits, data, logits.shape[-1])
+
+
+def last_chunk_only(real: Any) -> Any:
+    def mutated(x: Any, head: Any, data: Any, n_vocab: int, dtype: Any) -> Any:
+        sums, (grad_x, _) = real(x, head, data, n_vocab, dtype)
+        last = jax.tree.map(lambda a: a[-1:], (x, data))
+        return sums, (grad_x, real(last[0], head, last[1], n_vocab, dtype)[1][1])
+
+    return mutated
 
 
 def sum_for_mean(real: Any) -> Any:

@@ -4,8 +4,6 @@ The rungs are trusted because they are shown to fail. A mutant names the rungs t
 catch it first; `scripts/parity.py --mutants` prints what each said.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -28,10 +26,10 @@ from parity_tests.faults import (
     clip,
     count_off_by_one,
     coupled_decay,
-    cross_entropy,
     decay_steps_after_warmup,
     documents_not_told_apart,
     ends_of_texts_one_late,
+    every_target_counts,
     float32_cosine,
     float32_gradients,
     float32_params,
@@ -40,6 +38,7 @@ from parity_tests.faults import (
     heads_interleaved,
     hidden,
     key_before_query,
+    last_chunk_only,
     layer_norm,
     linear_call,
     logits,
@@ -48,6 +47,7 @@ from parity_tests.faults import (
     nan_in_key_bias,
     one_order_for_all_epochs,
     overlap_counted_again,
+    padding_counts,
     pooled,
     positions_from_1,
     positions_go_on,
@@ -69,63 +69,9 @@ from parity_tests.faults import (
 )
 from parity_tests.harness import Row
 from parity_tests.ladder import RAISED
-from parity_tests.rungs import (
-    bfloat16,
-    classification,
-    files,
-    gpt2,
-    ops,
-    packing,
-    randomness,
-    trajectories,
-    whole_model,
-)
-from parity_tests.rungs import optimizer as optimizer_rungs
-from parity_tests.sides import SIZES, small
+from parity_tests.probes import probe
 
 ENOUGH = 10.0  # gates
-
-
-def _optimizer() -> Iterator[Row]:
-    configurations = optimizer_rungs.configurations()
-    for name in ("b2 0.999, decay matrices", "warm-up and cosine", "SGD, momentum"):
-        yield from optimizer_rungs.compare_optimizer(optimizer_rungs.case_of(name, configurations[name]), (1, 2))
-
-
-# The ladder's own comparisons, at their smallest: what is run on a mutant.
-PROBES: dict[str, Callable[[], Iterator[Row]]] = {
-    "ops": lambda: (row for op in ops.ops() for row in ops.compare_op(op, ("float64",))),
-    "ops float32": lambda: (row for op in ops.ops()[:3] for row in ops.compare_op(op, ("float32",))),
-    "out_of_range": lambda: ops.rung_out_of_range(True),
-    "block": lambda: ops.compare_block(small("block"), ("float64",)),
-    "model": lambda: whole_model.compare_model(small("small"), "float64"),
-    "model, dropout": lambda: whole_model.compare_model(
-        small("dropout", model=dataclasses.replace(SIZES, dropout=0.3)), "float64"
-    ),
-    "model, tied head": lambda: whole_model.compare_model(
-        small("tied head", model=dataclasses.replace(SIZES, tied_head=True)), "float64"
-    ),
-    "whole_split": lambda: whole_model.rung_whole_split(True),
-    "optimizer": _optimizer,
-    "tiny_gradients": lambda: optimizer_rungs.rung_tiny_gradients(True),
-    "clip": lambda: optimizer_rungs.rung_clip(True),
-    "decay_mask": lambda: optimizer_rungs.rung_decay_mask(True),
-    "schedules": lambda: optimizer_rungs.rung_schedules(True),
-    "trajectory": lambda: trajectories.compare_float64(trajectories.cases(True)[0], twin=False),
-    "initial_weights": lambda: randomness.rung_initial_weights(True),
-    "dropout": lambda: randomness.rung_dropout(True),
-    "text": lambda: randomness.rung_text(True),
-    "g_test": lambda: randomness.rung_g_test(True),
-    "conversion": lambda: files.rung_conversion(True),
-    "resume_across": lambda: files.rung_resume_across(True),
-    "gpt2": lambda: gpt2.rung_gpt2(True),
-    "packing": lambda: packing.rung_packing(True),
-    "packed documents": lambda: whole_model.compare_model(packing.documents_case(), "float64"),
-    "classification": lambda: classification.compare_batch("last_token", ("float64",)),
-    "classification, mean": lambda: classification.compare_batch("mean", ("float64",)),
-    "classification, accuracy": lambda: classification.compare_accuracy("last_token"),
-    "bfloat16": lambda: bfloat16.compare_casts(bfloat16.cases()[:4]),
-}
 
 
 @dataclass(frozen=True)
@@ -156,14 +102,6 @@ def run(mutant: Mutant) -> dict[str, Row]:
 def run_named(name: str) -> tuple[str, dict[str, Row]]:
     """`run` by name: what a process of the pool is told."""
     return name, run(find(name))
-
-
-def probe(rung: str) -> Row:
-    """The worst row of one rung; what raises has failed with an infinite signal."""
-    try:
-        return max((row for row in PROBES[rung]() if not row.not_run), key=lambda row: row.signal)
-    except Exception as e:
-        return Row(RAISED, "any", rung, float("inf"), note=f"{type(e).__name__}: {str(e)[:80]}")
 
 
 def caught(mutant: Mutant, rows: dict[str, Row]) -> bool:
@@ -213,13 +151,24 @@ MUTANTS = [
     ),
     Mutant(
         "cross-entropy of bfloat16 logits",
-        cross_entropy(lambda real: lambda x, *rest: real(x.astype(jnp.bfloat16).astype(x.dtype), *rest)),
+        wrap(loss, "cross_entropy", lambda real: lambda x, *rest: real(x.astype(jnp.bfloat16).astype(x.dtype), *rest)),
         ("ops", "model", "trajectory"),
     ),
     Mutant("sum in place of the mean", wrap(Program, "loss_and_grads", sum_for_mean), ("model", "trajectory")),
     Mutant(
+        "a chunk's gradient for the sum of all",
+        wrap(loss._chunked_loss, "fwd", last_chunk_only),
+        ("ops",),
+    ),
+    Mutant(
+        "the loss's gradient not scaled",
+        put(loss._chunked_loss, "bwd", lambda V, dtype, grads, scale: (*grads, None)),
+        ("ops",),
+    ),
+    Mutant("the wider head's padding in the loss", wrap(loss, "_loss_of_logits", padding_counts), ("ops",)),
+    Mutant(
         "ragged last batch counted as full",
-        cross_entropy(lambda real: lambda x, target, weight=None: real(x, target)),
+        wrap(train_step, "head_cross_entropy", every_target_counts),
         ("whole_split",),
     ),
     Mutant(
@@ -373,7 +322,7 @@ MUTANTS = [
     ),
     Mutant(
         "loss over the ends of texts",
-        wrap(train_step, "cross_entropy", lambda real: lambda logits, target, weight=None: real(logits, target)),
+        wrap(train_step, "head_cross_entropy", every_target_counts),
         ("packed documents", "packing"),
     ),
     Mutant("every epoch in one order", wrap(batches.Order, "_starts", one_order_for_all_epochs), ("packing",)),

@@ -4,7 +4,8 @@ import pytest
 
 from jaxgpt.errors import UserError
 from parity_tests.ladder import RAISED
-from parity_tests.mutants import ENOUGH, MUTANTS, PROBES, find, probe
+from parity_tests.mutants import ENOUGH, MUTANTS, find
+from parity_tests.probes import PROBES, probe
 
 
 def test_there_are_enough_and_all_differ():

@@ -96,6 +96,28 @@ def ops(model_config: ModelConfig = SIZES, n_rows: int = sides.BATCH, seed: int 
     def our_cross_entropy(_: Any, p: dict[str, Any]) -> Any:  # token by token, so that its error has a spread
         return jax.vmap(lambda x_V, t: loss.cross_entropy(x_V[None], t[None])[0])(p["logits"], jnp.asarray(target_N))
 
+    def our_head(_: Any, p: dict[str, Any], logits_at_once: int, head_multiple: int) -> Any:  # row by row: a spread
+        def row_loss(x_TC: Any, target_T: Any, weight_T: Any) -> Any:
+            return loss.head_cross_entropy(
+                x_TC[None],
+                p["head"],
+                target_T[None],
+                weight_T[None],
+                compute_dtype=p["x"].dtype,
+                logits_at_once=logits_at_once,
+                head_multiple=head_multiple,
+            )[0]
+
+        return jax.vmap(row_loss)(p["x"], jnp.asarray(head_target_RT), jnp.asarray(counts_RT))
+
+    def torch_head(p: dict[str, Any]) -> Any:
+        target_RT, counts = torch.from_numpy(head_target_RT).long(), torch.from_numpy(counts_RT)
+        loss_RT = F.cross_entropy((p["x"] @ p["head"]).transpose(1, 2), target_RT, reduction="none")
+        return (loss_RT * counts).sum(1)
+
+    head_target_RT = draw.integers(0, V, (16, T)).astype(np.int32)
+    counts_RT = draw.random((16, T)) < 0.8
+    head = {"x": normal(16, T, C), "head": normal(C, V, scale=0.3)}
     return [
         Op(
             "layernorm", {"x": x_NC, **layer_norm}, lambda m, p: m.blocks[0].ln1(p["x"]), torch_layer_norm, model_config
@@ -149,6 +171,19 @@ def ops(model_config: ModelConfig = SIZES, n_rows: int = sides.BATCH, seed: int 
             our_cross_entropy,
             lambda p: F.cross_entropy(p["logits"], torch.from_numpy(target_N).long(), reduction="none"),
             model_config,
+        ),
+        Op("head and loss at once", head, partial(our_head, logits_at_once=T * V, head_multiple=1), torch_head),
+        Op(
+            "head and loss in uneven chunks",
+            head,
+            partial(our_head, logits_at_once=T * V // 3, head_multiple=1),
+            torch_head,
+        ),
+        Op(
+            "head and loss, wider head",
+            head,
+            partial(our_head, logits_at_once=T * V // 3, head_multiple=128),
+            torch_head,
         ),
     ]
 

@@ -65,9 +65,11 @@ class WholeRun:
         config, executor = self.config, self.executor
         state = executor.init_state()
         loader = DeviceLoader(self.data.train_N, self.order, executor.put)
-        for at in range(0, config.steps, 250):
-            n_steps = min(250, config.steps - at)
+        part = min(250, -(-config.steps // 5))
+        for at in range(0, config.steps, part):
+            n_steps = min(part, config.steps - at)
             state, _ = executor.updates(state, loader.take(at, n_steps), n_steps)
+            self.say(f"{self.name}: jaxgpt at step {at + n_steps} of {config.steps}")
         return whole_split_loss(executor, state.params, self.data.val_N, self.data.tokenizer).loss
 
     def torch(self) -> float:
