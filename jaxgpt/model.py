@@ -8,21 +8,22 @@ GELU and logits are computed in the stream's dtype.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxgpt.attention import AttentionImplementation, causal_attention
 from jaxgpt.config import ModelConfig
 from jaxgpt.versions import require_sound_jaxlib
 
 require_sound_jaxlib()
 
-AttentionImplementation = Literal["xla", "cudnn"]
 Params = Mapping[str, Array]  # "blocks.0.attn.Wq.kernel" -> array: flat, so that names select, convert and save
 Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] each
 
@@ -91,38 +92,6 @@ def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm
     return nnx.LayerNorm(n_embd, epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def causal_attention(
-    q_BTHD: Array,
-    k_BSHD: Array,
-    v_BSHD: Array,
-    start: Array | int,
-    implementation: AttentionImplementation,
-    document_BT: Array | None = None,
-) -> Array:
-    """softmax(q k' / sqrt(D)) v, where the query at time start + t sees the keys at times 0..start + t.
-
-    Args:
-        document_BT: of packed documents the number of each token's; a query then sees the keys of its own only.
-
-    Returns:
-        [B, T, H, D] in the inputs' dtype.
-    """
-    if implementation == "cudnn":  # bfloat16, and T = S with start 0: `parallel.numerics` chooses it for training only
-        return jax.nn.dot_product_attention(q_BTHD, k_BSHD, v_BSHD, is_causal=True, implementation="cudnn")
-    # Written out rather than jax.nn.dot_product_attention(implementation="xla"): that takes its softmax in float32 even
-    # for float64 inputs, which would end the proof of equality at 1e-7, and it is slower on CPU (docs/benchmarks.md).
-    n_queries, n_keys, head_size = q_BTHD.shape[1], k_BSHD.shape[1], q_BTHD.shape[-1]
-    stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
-    score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
-    seen_TS = jnp.arange(n_keys) <= start + jnp.arange(n_queries)[:, None]
-    seen = (
-        seen_TS if document_BT is None else seen_TS & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
-    )
-    score_BHTS = jnp.where(seen, score_BHTS * head_size**-0.5, -jnp.inf)
-    att_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
-    return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
-
-
 def keep_mask(row_key_B: Array, site: int, shape_TC: tuple[int, int], rate: float) -> Array:
     """Which elements dropout keeps, bool [B, T, C], each with probability 1 - rate.
 
@@ -174,6 +143,29 @@ class Attention(nnx.Module):
         return self.Wo(out_BTHD.reshape(x_NC.shape)), cache
 
 
+def gelu(x: Array, kind: str) -> Array:
+    """ "erf": x Phi(x), the exact one. "tanh": GPT-2's approximation."""
+    return jax.nn.gelu(x, approximate=True) if kind == "tanh" else _exact_gelu(x)
+
+
+@jax.custom_vjp
+def _exact_gelu(x: Array) -> Array:
+    """x Phi(x), computed from erf as in PyTorch; its derivative is Phi(x) + x phi(x).
+
+    `jax.nn.gelu` takes erfc, whose tail costs a second polynomial, and the derivative of JAX's erf an exponential in
+    two parts, for digits that are lost in the sum: a tenth of the time of the whole MLP on CPU (docs/benchmarks.md).
+    """
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x: Array) -> tuple[Array, Array]:
+    cdf = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * cdf, cdf + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+_exact_gelu.defvjp(_gelu_and_slope, lambda slope, grad: (slope * grad,))
+
+
 class MLP(nnx.Module):
     """C -> 4C -> C with GELU: exact (erf), or GPT-2's tanh approximation."""
 
@@ -184,7 +176,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_NC: Array) -> Array:
         hidden_NF = self.fc(x_NC).astype(x_NC.dtype)  # cast: GELU in the stream's dtype
-        return self.proj(jax.nn.gelu(hidden_NF, approximate=self.gelu == "tanh"))
+        return self.proj(gelu(hidden_NF, self.gelu))
 
 
 class Block(nnx.Module):

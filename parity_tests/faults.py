@@ -300,7 +300,7 @@ def softmax_without_itself(score: Any, seen: Any, head_size: int, width: int) ->
 
 
 def gelu_in_bfloat16(real: Any) -> Any:
-    return lambda x, approximate: real(x.astype(jnp.bfloat16), approximate=approximate).astype(x.dtype)
+    return lambda x, kind: real(x.astype(jnp.bfloat16), kind).astype(x.dtype)
 
 
 def float32_gradients(real: Any) -> Any:

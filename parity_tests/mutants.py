@@ -124,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "GELU tanh for erf, erf for tanh",
-        wrap(jax.nn, "gelu", lambda real: lambda x, approximate: real(x, approximate=not approximate)),
+        wrap(model, "gelu", lambda real: lambda x, kind: real(x, {"erf": "tanh", "tanh": "erf"}[kind])),
         ("ops", *MODEL),
     ),
     Mutant("square kernels transposed", linear_call(square_transposed), ("ops", *MODEL)),
@@ -232,7 +232,7 @@ MUTANTS = [
     ),
     Mutant("residual stream in bfloat16", block_call(bfloat16_stream), ("bfloat16", "block", "model")),
     Mutant("biases added in bfloat16, as in nnx.Linear", put(model, "Linear", nnx.Linear), ("bfloat16",)),
-    Mutant("GELU in bfloat16", wrap(jax.nn, "gelu", gelu_in_bfloat16), ("bfloat16", "ops")),
+    Mutant("GELU in bfloat16", wrap(model, "gelu", gelu_in_bfloat16), ("bfloat16", "ops")),
     Mutant("gradients in float32", wrap(Program, "loss_and_grads", float32_gradients), ("model",)),
     Mutant("NaN in a key bias' gradient", wrap(Program, "loss_and_grads", nan_in_key_bias), ("model",)),
     Mutant("key bias with a gradient", scores(softmax_with_sink), ("model", "ops")),

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file may import those before it.
 ORDER = """errors versions config presets tensor_files data_files texts datasets labelled tokenizer tokens batches
-loader model loss optimizer train_step classifier parallel checkpoint run_folder generate trained convert exchange
-report console cli trainer language_model finetune""".split()
+loader attention model loss optimizer train_step classifier parallel checkpoint run_folder generate trained convert
+exchange report console cli trainer language_model finetune""".split()
 
 
 def imported(path):

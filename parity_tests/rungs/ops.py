@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from jaxgpt import loss, model
+from jaxgpt.attention import BLOCK
 from jaxgpt.config import ModelConfig
 from parity_tests import sides
 from parity_tests.harness import (
@@ -170,6 +171,13 @@ def ops(model_config: ModelConfig = SIZES, n_rows: int = sides.BATCH, seed: int 
             {"logits": normal(N, V, scale=3.0)},
             our_cross_entropy,
             lambda p: F.cross_entropy(p["logits"], torch.from_numpy(target_N).long(), reduction="none"),
+            model_config,
+        ),
+        Op(
+            "attention, uneven blocks",
+            {name: normal(2, 2 * BLOCK + 3, H, D) for name in "qkv"},
+            our_attention,
+            torch_attention,
             model_config,
         ),
         Op("head and loss at once", head, partial(our_head, logits_at_once=T * V, head_multiple=1), torch_head),
