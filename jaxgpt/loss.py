@@ -23,13 +23,15 @@ def cross_entropy(logits_NV: Array, target_N: Array, weight_N: Array | None = No
 
     Args:
         logits_NV: [N, V], float32 or float64 (never bfloat16: its eight bits would lose the loss's digits).
-        target_N: int [N], each within the vocabulary.
+        target_N: int [N]; NaN for one outside the vocabulary.
         weight_N: [N], 0 for tokens that do not count; None counts all.
     """
     assert logits_NV.dtype in (jnp.float32, jnp.float64), logits_NV.dtype
     # Picked by comparison: its gradient is one more term of an elementwise loop, that of an index would be a scatter.
     is_target_NV = jnp.arange(logits_NV.shape[-1]) == target_N[:, None]
     target_logit_N = jnp.where(is_target_NV, logits_NV, 0).sum(axis=-1)
+    inside_N = (target_N >= 0) & (target_N < logits_NV.shape[-1])
+    target_logit_N = jnp.where(inside_N, target_logit_N, jnp.nan)  # never a plausible number for what is no token
     loss_N = logsumexp(logits_NV, axis=-1) - target_logit_N
     if weight_N is None:
         return loss_N.sum(), jnp.asarray(loss_N.size, loss_N.dtype)
@@ -67,6 +69,7 @@ def head_cross_entropy(
     weight_BT = jnp.ones(target_BT.shape, head_CV.dtype) if weight_BT is None else weight_BT.astype(head_CV.dtype)
     n_chunks = min(n_time, math.ceil(target_BT.size * n_vocab / logits_at_once))
     chunk_time = math.ceil(n_time / n_chunks)
+    n_chunks = math.ceil(n_time / chunk_time)  # of times rounded up fewer may do
 
     def chunks(a_BT: Array) -> Array:  # [B, T, ...] -> [J, B, S, ...], what is missing at the end filled with zeros
         filling = [(0, 0), (0, n_chunks * chunk_time - n_time)] + [(0, 0)] * (a_BT.ndim - 2)

@@ -277,7 +277,7 @@ MUTANTS = [
         put(GPT, "__call__", lambda self, idx, *_: without_final_norm(self, idx)),
         ("model", "trajectory"),
     ),
-    Mutant("tied head without its gradient", put(GPT, "logits", tied_head_cut), ("model, tied head",)),
+    Mutant("tied head without its gradient", put(GPT, "head_CV", property(tied_head_cut)), ("model, tied head",)),
     Mutant(
         "targets not shifted",
         wrap(batches, "inputs_and_targets", lambda real: lambda window: (real(window)[0],) * 2),
