@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import tyro
-
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import LossNotFinite, UserError
 from jaxgpt.presets import PRESETS
@@ -57,6 +55,8 @@ def parse_train_flags(args: list[str], description: str, flags: type[Flags] = Tr
 
 def parse_flags(flags: type[Flags], args: list[str], description: str, default: Any = None) -> Flags:
     """Flags from the fields of a dataclass. Raises `UserError`, one line, for flags that cannot be read."""
+    import tyro  # not above: what only measures or converts may run without it
+
     messages = io.StringIO()
     kwargs = {} if default is None else {"default": default}
     try:

@@ -1,4 +1,6 @@
-"""The documented loops as configurations: the defaults of all flags, by `--preset`."""
+"""The documented loops as configurations: the defaults of all flags, by `--preset`; and what is timed."""
+
+import dataclasses
 
 from jaxgpt.config import ModelConfig, TrainConfig
 
@@ -43,4 +45,27 @@ PRESETS = {
         sample_top_k=40,
         model=ModelConfig(n_layer=4, n_head=8, n_embd=256, block_size=128, dropout=0.1),
     ),
+}
+
+
+def _timed(batch_size: int, model: ModelConfig) -> TrainConfig:
+    """nanoGPT's optimiser: AdamW with decayed matrices and a clip. Without dropout, so that losses can be compared."""
+    model = dataclasses.replace(model, dropout=0.0)
+    recipe = dict(lr=1e-3, beta2=0.99, weight_decay=0.1, decay_mask="matrices", clip=1.0)
+    return TrainConfig(batch_size=batch_size, model=model, **recipe)
+
+
+def _nano(n_layer: int, n_head: int, n_embd: int, block_size: int, gelu: str = "erf") -> ModelConfig:
+    return ModelConfig(n_layer, n_head, n_embd, block_size, tied_head=True, gelu=gelu, init="gpt2")
+
+
+# What scripts/bench.py times, on random tokens: configuration and vocabulary. nanoGPT's sizes: the command for a CPU in
+# its README, its character model, and GPT-2's smallest.
+BENCHMARKS: dict[str, tuple[TrainConfig, int]] = {
+    "tinygpt": (PRESETS["tinygpt"], 65),
+    "minigpt": (PRESETS["minigpt"], 65),
+    "wikitext2": (_timed(16, PRESETS["wikitext2"].model), 50257),
+    "nanogpt-cpu": (_timed(12, _nano(4, 4, 128, 64)), 65),
+    "nanogpt-char": (_timed(64, _nano(6, 6, 384, 256)), 65),
+    "gpt2-124m": (_timed(32, _nano(12, 12, 768, 1024, "tanh")), 50257),
 }
