@@ -24,7 +24,8 @@ from jaxgpt.cli import run_command
 from jaxgpt.errors import UserError
 from jaxgpt.presets import BENCHMARKS
 
-WORKER = Path(__file__).with_name("bench_side.py")
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "scripts" / "benchmarks" / "side.py"
 SIDES = {
     "ours": "this project's trainer step",
     "eager": "PyTorch eager, the documented loop",
@@ -96,8 +97,7 @@ class Side:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),  # every side's first start finds nothing compiled
             "TRITON_CACHE_DIR": str(cache / "triton"),
         }
-        root = str(WORKER.parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         self.side, self.turns, self.losses = side, [], []
         self.process = subprocess.Popen(
             [python, WORKER, side, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
@@ -168,7 +168,7 @@ def main() -> None:
         if flags.json:
             flags.json.write_text(json.dumps(results, indent=1) + "\n")
         if flags.picture or flags.docs:
-            from bench_page import draw, record
+            from benchmarks.page import draw, record
 
             if flags.picture:
                 draw(results, flags.picture)

@@ -81,10 +81,10 @@ def test_refuses(command, args, part):
 
 def test_the_page_is_what_the_command_writes():
     """The measured part of docs/benchmarks.md is made of docs/benchmarks.json."""
-    bench_page = module("bench_page")
-    kept = json.loads((bench_page.FOLDER / "benchmarks.json").read_text(encoding="utf-8"))
-    page = (bench_page.FOLDER / "benchmarks.md").read_text(encoding="utf-8")
-    assert page.split(bench_page.BEGIN)[1].split(bench_page.END)[0] == "\n" + bench_page.tables(kept)
+    page_of = module("benchmarks.page")
+    kept = json.loads((page_of.FOLDER / "benchmarks.json").read_text(encoding="utf-8"))
+    page = (page_of.FOLDER / "benchmarks.md").read_text(encoding="utf-8")
+    assert page.split(page_of.BEGIN)[1].split(page_of.END)[0] == "\n" + page_of.tables(kept)
 
 
 def test_losses_that_differ_or_are_no_numbers_win_nothing():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "docs"
+FOLDER = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- measured: written by scripts/bench.py --docs -->", "<!-- end of what is measured -->"
 
 
