@@ -130,7 +130,8 @@ def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
         return parallel.numerics(TrainConfig(**fields))
 
-    assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn")
+    on_gpu = dict(logits_at_once=2**29, head_multiple=128)
+    assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn", **on_gpu)
     assert chosen("9.0", dtype="float32").attention == "xla"
     assert chosen("9.0", model=ModelConfig(n_embd=12, n_head=3)).attention == "xla"  # heads of 4
     wide = ModelConfig(n_embd=256, n_head=1)
