@@ -55,7 +55,7 @@ def parse_train_flags(args: list[str], description: str, flags: type[Flags] = Tr
 
 def parse_flags(flags: type[Flags], args: list[str], description: str, default: Any = None) -> Flags:
     """Flags from the fields of a dataclass. Raises `UserError`, one line, for flags that cannot be read."""
-    import tyro  # not above: what only measures or converts may run without it
+    import tyro  # not above: what only measures may run without it
 
     messages = io.StringIO()
     kwargs = {} if default is None else {"default": default}

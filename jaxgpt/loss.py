@@ -46,8 +46,8 @@ def head_cross_entropy(
     weight_BT: Array | None = None,
     *,
     compute_dtype: Any,
-    logits_at_once: int = 2**26,
-    head_multiple: int = 1,
+    logits_at_once: int,
+    head_multiple: int,
 ) -> tuple[Array, Array]:
     """`cross_entropy` of the logits x head, without ever holding all of them: the largest array of a training step.
 

@@ -6,6 +6,7 @@ program serves every dispatch.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,14 +53,12 @@ def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
     compute_dtype = jnp.dtype(dtype)
     flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(config.model.n_embd // config.model.n_head)
     flash = flash and not config.within_documents  # it knows the causal mask only
-    on_cpu = backend == "cpu"
-    return Numerics(
-        jnp.float32,
-        compute_dtype,
-        "cudnn" if flash else "xla",
-        logits_at_once=2**26 if on_cpu else 2**29,  # large enough for full speed: 8 to 10 thousand tokens of GPT-2's
-        head_multiple=1 if on_cpu else 128,  # 50257 columns keep a GPU's matrix units from their fast path
-    )
+    found = Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
+    if backend == "cpu":
+        return found
+    # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
+    # matrix units from their fast path.
+    return dataclasses.replace(found, logits_at_once=2**29, head_multiple=128)
 
 
 def _has_flash_attention(head_size: int) -> bool:

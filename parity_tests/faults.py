@@ -384,6 +384,9 @@ def pooled(change: Callable[..., Any]) -> Patch:
     return wrap(model.Classifier, "__call__", wrapper)
 
 
-def without_final_norm(self: GPT, idx: Any) -> Any:
-    with patch.object(self, "ln_f", lambda x: x):
-        return self.logits(self.hidden(idx)[0])
+def without_final_norm(real: Any) -> Any:
+    def mutated(self: GPT, *args: Any, **packed: Any) -> Any:
+        with patch.object(self, "ln_f", lambda x: x):
+            return real(self, *args, **packed)
+
+    return mutated

@@ -274,7 +274,7 @@ MUTANTS = [
     Mutant("positions from 1", put(nnx.Embed, "__call__", positions_from_1), ("model", "text")),
     Mutant(
         "no final norm",
-        put(GPT, "__call__", lambda self, idx, *_: without_final_norm(self, idx)),
+        wrap(GPT, "hidden", without_final_norm),
         ("model", "trajectory"),
     ),
     Mutant("tied head without its gradient", put(GPT, "head_CV", property(tied_head_cut)), ("model, tied head",)),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.cli import run_command
+from jaxgpt.config import to_json
 from jaxgpt.errors import UserError
 from jaxgpt.presets import BENCHMARKS
 
@@ -35,8 +36,6 @@ SIDES = {
     "graphs": "torch.compile with cuDNN's attention and CUDA graphs (GPU)",
 }
 ON_GPU_ONLY = ("cudnn", "graphs")
-# Data sheets' dense bfloat16 rates, FLOP/s, by what the device's name holds (the SXM forms).
-DATA_SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 # Largest relative difference of a step's loss, by the products' dtype: float32 sides are 1e-6 apart at first, which
 # training amplifies; bfloat16 rounds each operand by up to 4e-3, and PyTorch's autocast rounds other places than we do.
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -74,12 +73,12 @@ def flags_of(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--docs: the page holds each configuration as it is; leave out --batch-size and --dtype")
     if flags.rounds < 1 or not 0 < flags.turn_seconds < math.inf or (flags.batch_size or 1) < 1:
         raise UserError("--rounds, --turn-seconds, --batch-size: give numbers above 0")
-    for name in ("json", "picture"):
+    for name, suffix in (("json", ".json"), ("picture", ".png")):
         path = getattr(flags, name)
         if path and not path.resolve().parent.is_dir():
             raise UserError(f"--{name} {path}: no such folder; create it first")
-        if path and (path.is_dir() or path.suffix != {"json": ".json", "picture": ".png"}[name]):
-            raise UserError(f"--{name} {path}: give the name of a file that ends in .{name.replace('picture', 'png')}")
+        if path and (path.is_dir() or path.suffix != suffix):
+            raise UserError(f"--{name} {path}: give the name of a file that ends in {suffix}")
     if flags.torch_python and not flags.torch_python.is_file():
         raise UserError(f"--torch-python {flags.torch_python}: no such file; give the path of a Python interpreter")
     return flags
@@ -161,19 +160,19 @@ def main() -> None:
         raise UserError(f"--sides {','.join(flags.sides)}: PyTorch is not installed for {python}; see --torch-python")
     if not torch_here:
         say("PyTorch is not installed: one side only (--torch-python names another interpreter)")
+    from benchmarks import page
+
     results = []
     for preset in flags.preset:
         results.append(measure(preset, flags, python, torch_here))
         print_result(results[-1])
+        print(f"  {page.rates(results[-1])}")
         if flags.json:
             flags.json.write_text(json.dumps(results, indent=1) + "\n")
-        if flags.picture or flags.docs:
-            from benchmarks.page import draw, record
-
-            if flags.picture:
-                draw(results, flags.picture)
-            if flags.docs:
-                record(results)
+        if flags.picture:
+            page.draw(results, flags.picture)
+        if flags.docs:
+            page.record(results)
 
 
 def measure(preset: str, flags: argparse.Namespace, python: Path, torch_here: bool) -> dict[str, Any]:
@@ -201,31 +200,41 @@ def measure(preset: str, flags: argparse.Namespace, python: Path, torch_here: bo
             names = flags.sides or [s for s in SIDES if s == "ours" or torch_here and (on_gpu or s not in ON_GPU_ONLY)]
             others = [name for name in names if name != "ours"]
             # All at once on a CPU; one by one beside ours on a GPU, whose memory would not hold all.
+            groups = [[name] for name in others] if on_gpu and others else [others]
             rows: list[dict[str, Any]] = []
-            for group in ([name] for name in others) if on_gpu and others else [others]:
+            for group in groups:
                 with ExitStack() as stack:
-                    sides = [ours]
-                    for name in group:
-                        say(f"{preset}: starting {SIDES[name]}")
-                        side = stack.enter_context(side_named(name))
-                        try:
-                            side.start(0)
-                        except UserError as e:
-                            if flags.sides:
-                                raise
-                            say(f"{preset}: left out: {e}")
-                            continue
-                        sides.append(side)
-                    begun = len(ours.turns)
-                    take_turns(sides, flags, preset)
-                    for side in sides[1:]:
-                        machine |= side.started["machine"]
-                        rows.append(row_of(side, config) | compare(ours, begun, side, machine["dtype"]))
+                    opened = [stack.enter_context(side_named(name)) for name in group]
+                    rows += beside(ours, opened, flags, preset, config)
+            for row in rows:
+                machine |= row.pop("machine")
             rows.insert(0, row_of(ours, config))
             for name in ("product", "generate"):
                 rows[0][name] = ours.ask(f"probe {name}")
         rows[0]["first_step_warm_s"], rows[0]["first_step_s"] = rows[0]["first_step_s"], cold_s
     return {"preset": preset, "machine": machine, "vocab_size": vocab_size, **about(config, vocab_size), "rows": rows}
+
+
+def beside(ours: Side, others: list[Side], flags: argparse.Namespace, preset: str, config: Any) -> list[dict[str, Any]]:
+    """The rows of sides that take turns with ours; one that cannot start is left out unless it was asked for."""
+    sides = [ours]
+    for side in others:
+        say(f"{preset}: starting {SIDES[side.side]}")
+        try:
+            side.start(0)
+        except UserError as e:
+            if flags.sides:
+                raise
+            say(f"{preset}: left out: {e}")
+        else:
+            sides.append(side)
+    begun = len(ours.turns)
+    take_turns(sides, flags, preset)
+    dtype = ours.started["machine"]["dtype"]
+    return [
+        row_of(side, config) | compare(ours, begun, side, dtype) | {"machine": side.started["machine"]}
+        for side in sides[1:]
+    ]
 
 
 def take_turns(sides: list[Side], flags: argparse.Namespace, preset: str) -> None:
@@ -251,7 +260,7 @@ def write_plan(folder: Path, config: Any, vocab_size: int) -> None:
     for i in np.flatnonzero(follows[1:]) + 1:
         tokens[i] = (7 * tokens[i - 1] + 3) % vocab_size
     np.save(folder / "tokens.npy", tokens.astype(np.uint16))
-    (folder / "plan.json").write_text(json.dumps({"config": dataclasses.asdict(config), "vocab_size": vocab_size}))
+    (folder / "plan.json").write_text(json.dumps({"config": to_json(config), "vocab_size": vocab_size}))
 
 
 def row_of(side: Side, config: Any) -> dict[str, Any]:
@@ -319,28 +328,9 @@ def print_result(result: dict[str, Any]) -> None:
             f"  {row['name']:<50} {row['ms_per_step']:9.2f} {row['tokens_s']:10,.0f} {ratio:>6} "
             f"{row['first_step_s']:9.1f} s {row['memory_mib']:5,.0f} MiB"
         )
-    ours = result["rows"][0]
-    print(f"  first step of a second start: {ours['first_step_warm_s']:.1f} s")
-    rate = {count: flop * ours["tokens_s"] for count, flop in result["flop_per_token"].items()}
-    product = ours["product"]
-    shares = "; ".join(
-        f"{count} {value / 1e9:,.0f} GFLOP/s, {100 * value / product['flop_s']:.0f} % of a large product's "
-        f"{product['flop_s'] / 1e9:,.0f}" + sheet_share(value, result["machine"])
-        for count, value in rate.items()
-    )
-    print(f"  {shares}")
-    generated = ours["generate"]
-    print(f"  generation, batch {generated['batch']}: {generated['tokens_s']:,.0f} tokens/s")
     if len(result["rows"]) > 1:
         gap = max(row["loss_gap"] for row in result["rows"][1:])
         print(f"  ratio: how many times as long as ours, median of the turns'; losses equal within {gap:.1e}")
-
-
-def sheet_share(rate: float, machine: dict[str, str]) -> str:
-    for word, sheet in DATA_SHEET.items():
-        if word in machine["device"] and machine["dtype"] == "bfloat16":
-            return f", {100 * rate / sheet:.0f} % of the data sheet"
-    return ""
 
 
 def say(line: str) -> None:

@@ -20,7 +20,7 @@ SINCE_SHELL = time.time() - float(os.environ.get("JAXGPT_BENCH_BEGUN", time.time
 
 import numpy as np  # noqa: E402
 
-from jaxgpt.config import ModelConfig, TrainConfig  # noqa: E402
+from jaxgpt.config import TrainConfig, from_json  # noqa: E402
 from jaxgpt.errors import UserError  # noqa: E402
 
 Answer = dict[str, Any]
@@ -29,14 +29,13 @@ Answer = dict[str, Any]
 def load_plan(folder: Path) -> tuple[TrainConfig, int, np.ndarray]:
     """What all sides share: the configuration, the vocabulary's size and the tokens [N]."""
     plan = json.loads((folder / "plan.json").read_text())
-    model = ModelConfig(**plan["config"].pop("model"))
-    return TrainConfig(**plan["config"], model=model), plan["vocab_size"], np.load(folder / "tokens.npy")
+    return from_json(plan["config"]), plan["vocab_size"], np.load(folder / "tokens.npy")
 
 
 class Ours:
     """The trainer's own compiled steps, K of them in one dispatch as the trainer does it."""
 
-    def __init__(self, folder: Path, variant: str):
+    def __init__(self, folder: Path):
         import jax
 
         from jaxgpt import parallel
@@ -236,12 +235,11 @@ def answers(side: str, folder: Path) -> Iterator[Answer]:
     """The answer to each line of the input."""
     ours = side == "ours"
     running: Any = None
-    losses: list[float] = []
     for line in sys.stdin:
         word, *arguments = line.split()
         if word == "start":
             try:
-                running = Ours(folder, side) if ours else Torch(folder, side)
+                running = Ours(folder) if ours else Torch(folder, side)
             except UserError as e:
                 yield {"error": str(e)}
                 return
