@@ -9,34 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from jaxgpt.checks import require, require_at_least, require_at_most, require_seed
 from jaxgpt.errors import UserError
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field: `model.n_layer` -> `--model.n-layer`."""
-    return "--" + name.replace("_", "-")
-
-
-def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
-    if not ok:
-        raise UserError(f"{flag(name)} {value}: {remedy}")
-
-
-def _require_at_least(minimum: int, config: Any, *names: str, prefix: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= minimum, prefix + name, value, f"give a whole number of at least {minimum}")
-
-
-def _require_at_most(maximum: int, config: Any, *names: str, prefix: str = "") -> None:
-    """For sizes beyond any machine, which would end without memory and without a word."""
-    for name in names:
-        value = getattr(config, name)
-        _require(value <= maximum, prefix + name, value, f"give at most {maximum}")
-
-
-def _require_seed(seed: int) -> None:
-    _require(0 <= seed < 2**31, "seed", seed, "give a whole number from 0 to 2147483647")
 
 
 @dataclass(frozen=True)
@@ -61,17 +35,17 @@ class ModelConfig:
     """documented: N(0, 0.02), biases as in PyTorch. gpt2: biases 0, residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
-        _require_at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", prefix="model.")
-        _require_at_most(10**3, self, "n_layer", prefix="model.")
-        _require_at_most(10**5, self, "n_embd", prefix="model.")
-        _require_at_most(10**6, self, "block_size", prefix="model.")
-        _require(
+        require_at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", prefix="model.")
+        require_at_most(10**3, self, "n_layer", prefix="model.")
+        require_at_most(10**5, self, "n_embd", prefix="model.")
+        require_at_most(10**6, self, "block_size", prefix="model.")
+        require(
             self.n_embd % self.n_head == 0,
             "model.n_embd",
             self.n_embd,
             f"not divisible by --model.n-head {self.n_head}; choose a multiple of {self.n_head}",
         )
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "give a probability from 0 up to, not with, 1")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "give a probability from 0 up to, not with, 1")
 
 
 @dataclass(frozen=True)
@@ -109,14 +83,14 @@ class OptimizerConfig:
         """Raises `UserError` for a value out of its range."""
         for name in ("lr", "eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, name, value, "give a positive number")
+            require(0 < value < math.inf, name, value, "give a positive number")
         for name in ("beta1", "beta2", "momentum"):
             value = getattr(self, name)
-            _require(0 <= value < 1, name, value, "give a number from 0 up to, not with, 1")
+            require(0 <= value < 1, name, value, "give a number from 0 up to, not with, 1")
         for name in ("weight_decay", "clip", "min_lr"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, name, value, "give 0 or a positive number")
-        _require_at_least(0, self, "warmup_steps", "decay_steps")
+            require(value is None or 0 <= value < math.inf, name, value, "give 0 or a positive number")
+        require_at_least(0, self, "warmup_steps", "decay_steps")
         # A value that would be ignored is a mistake that nobody would notice.
         for name, needed, ignored in (
             ("warmup_steps", "--schedule warmup-cosine", self.schedule != "warmup-cosine"),
@@ -125,23 +99,23 @@ class OptimizerConfig:
             ("momentum", "--optimizer sgd", self.optimizer != "sgd"),
         ):
             value = getattr(self, name)
-            _require(
+            require(
                 not (value and ignored), name, value, f"has an effect only with {needed}; add that, or leave it out"
             )
 
     def check_schedule(self, steps: int) -> None:
         """Raises `UserError` for a schedule that `steps` updates cannot hold."""
         if self.schedule == "warmup-cosine":
-            _require(
+            require(
                 self.warmup_steps < self.cosine_end,
                 "warmup_steps",
                 self.warmup_steps,
                 f"not before the end of the cosine at step {self.cosine_end}; lower it, or raise --decay-steps",
             )
         if self.schedule != "constant":
-            _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
+            require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
             # The rates are a table that goes into the compiled program.
-            _require(steps <= 10**7, "steps", steps, "with a schedule, give at most 10000000")
+            require(steps <= 10**7, "steps", steps, "with a schedule, give at most 10000000")
 
     @property
     def cosine_end(self) -> int:
@@ -181,9 +155,9 @@ class RunConfig:
 
     def check_run(self) -> None:
         """Raises `UserError` for a value out of its range."""
-        _require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
-        _require_at_most(10**6, self, "batch_size")
-        _require_seed(self.seed)
+        require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
+        require_at_most(10**6, self, "batch_size")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -217,18 +191,18 @@ class DataConfig:
 
     def check_data(self) -> None:
         """Raises `UserError` for a value out of its range."""
-        _require_at_least(0, self, "min_chars", "max_train_texts", "max_val_texts", "max_val_tokens")
+        require_at_least(0, self, "min_chars", "max_train_texts", "max_val_texts", "max_val_tokens")
         entries = self.tokenizer.removeprefix("bpe:")
         known = self.tokenizer in ("char", "byte", "gpt2") or (
             self.tokenizer.startswith("bpe:") and entries.isdecimal() and entries.isascii() and len(entries) < 8
         )
-        _require(known, "tokenizer", self.tokenizer, "choose of char, byte, gpt2, bpe:N")
+        require(known, "tokenizer", self.tokenizer, "choose of char, byte, gpt2, bpe:N")
         if self.tokenizer.startswith("bpe:"):
-            _require(257 <= int(entries) <= 10**6, "tokenizer", self.tokenizer, "give bpe:N with N from 257 to 1000000")
+            require(257 <= int(entries) <= 10**6, "tokenizer", self.tokenizer, "give bpe:N with N from 257 to 1000000")
         if self.packing == "documents":
             ends = self.tokenizer == "gpt2" or self.tokenizer.startswith("bpe:")
             remedy = f"--tokenizer {self.tokenizer} has no end of text; give --tokenizer gpt2 or bpe:N"
-            _require(ends, "packing", self.packing, remedy)
+            require(ends, "packing", self.packing, remedy)
 
 
 @dataclass(frozen=True)
@@ -258,17 +232,17 @@ class LoopConfig(DataConfig, RunConfig):
         """Raises `UserError` for a value out of its range."""
         self.check_run()
         self.check_data()
-        _require_at_least(1, self, "steps", "sample_tokens")
-        _require_at_least(0, self, "epochs", "eval_every", "eval_batches", "sample_top_k")
-        _require_at_most(10**6, self, "sample_tokens")
-        _require_at_most(10**4, self, "eval_batches")
-        _require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
+        require_at_least(1, self, "steps", "sample_tokens")
+        require_at_least(0, self, "epochs", "eval_every", "eval_batches", "sample_top_k")
+        require_at_most(10**6, self, "sample_tokens")
+        require_at_most(10**4, self, "eval_batches")
+        require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")
         temperature = self.sample_temperature
-        _require(0 <= temperature < math.inf, "sample_temperature", temperature, "give 0 or a positive number")
+        require(0 <= temperature < math.inf, "sample_temperature", temperature, "give 0 or a positive number")
         if self.packing == "windows":
             remedy = "random windows have no epochs; add --packing chunks"
-            _require(not self.epochs, "epochs", self.epochs, remedy)
-            _require(self.eval_every > 0, "eval_every", self.eval_every, f"give at least 1; {remedy}")
+            require(not self.epochs, "epochs", self.epochs, remedy)
+            require(self.eval_every > 0, "eval_every", self.eval_every, f"give at least 1; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -279,7 +253,7 @@ class TrainConfig(OptimizerConfig, LoopConfig):
         self.check_loop()
         if self.max_val_tokens:
             remedy = f"less than a window of {self.model.block_size + 1}; raise it, or leave it out"
-            _require(self.max_val_tokens > self.model.block_size, "max_val_tokens", self.max_val_tokens, remedy)
+            require(self.max_val_tokens > self.model.block_size, "max_val_tokens", self.max_val_tokens, remedy)
         self.check_optimizer()
         self.check_schedule(self.steps)
 
@@ -315,10 +289,10 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
     def __post_init__(self):
         self.check_run()
         self.check_optimizer()
-        _require_at_least(1, self, "max_tokens", "epochs")
-        _require_at_least(0, self, "train_samples")
+        require_at_least(1, self, "max_tokens", "epochs")
+        require_at_least(0, self, "train_samples")
         remedy = f"more than the model's block of {self.model.block_size}; lower it"
-        _require(self.max_tokens <= self.model.block_size, "max_tokens", self.max_tokens, remedy)
+        require(self.max_tokens <= self.model.block_size, "max_tokens", self.max_tokens, remedy)
         if self.steps:
             self.check_schedule(self.steps)
 
@@ -339,11 +313,11 @@ class SamplingConfig:
     """The same seed gives the same text."""
 
     def __post_init__(self):
-        _require_at_least(1, self, "max_new_tokens")
-        _require_at_least(0, self, "top_k")
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 or a positive number")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
-        _require_seed(self.seed)
+        require_at_least(1, self, "max_new_tokens")
+        require_at_least(0, self, "top_k")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 or a positive number")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
+        require_seed(self.seed)
 
 
 def to_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import FinetuneConfig, TrainConfig, flag
+from jaxgpt.checks import flag
+from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError
 from jaxgpt.labelled import Labelled

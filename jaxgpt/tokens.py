@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import TrainConfig, flag
+from jaxgpt.checks import flag
+from jaxgpt.config import TrainConfig
 from jaxgpt.data_files import PIECE_BYTES, cache_folder, new_folder
 from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each file may import those before it.
-ORDER = """errors versions config presets tensor_files data_files texts datasets labelled tokenizer tokens batches
-loader attention model loss optimizer train_step classifier parallel checkpoint run_folder generate trained convert
-exchange report console cli trainer language_model finetune""".split()
+ORDER = """errors versions checks config presets tensor_files data_files texts datasets labelled tokenizer tokens batches
+loader attention model loss optimizer train_step classifier parallel checkpoint run_folder generate trained
+convert exchange report console cli trainer language_model finetune""".split()
 
 
 def imported(path):
@@ -48,6 +48,7 @@ def test_imports_go_one_way(name):
 def test_the_reference_imports_no_jax(path):
     modules, packages = imported(path)
     assert not packages & {"jax", "flax", "optax"} and modules <= {
+        "checks",
         "config",
         "errors",
         "labelled",

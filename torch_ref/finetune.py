@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jaxgpt import tensor_files
+from jaxgpt.checks import flag
 from jaxgpt.cli import parse_flags, run_command
-from jaxgpt.config import FinetuneConfig, ModelConfig, flag
+from jaxgpt.config import FinetuneConfig, ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.labelled import choose, load_labelled
 from jaxgpt.presets import PRESETS

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from jaxgpt import tensor_files
+from jaxgpt.checks import flag
 from jaxgpt.cli import config_of, parse_train_flags, run_command
-from jaxgpt.config import SamplingConfig, TrainConfig, flag
+from jaxgpt.config import SamplingConfig, TrainConfig
 from jaxgpt.datasets import load_corpus
 from jaxgpt.errors import LossNotFinite, UserError
 from jaxgpt.presets import PRESETS
