@@ -45,15 +45,24 @@ def causal_attention(
         )
         out_GTD = _blocked(q_GTD, k_GTD, v_GTD)
         return out_GTD.reshape(n_rows, n_head, n_queries, head_size).transpose(0, 2, 1, 3)
+    att_BHTS = attention_weights(q_BTHD, k_BSHD, start, document_BT)
+    att_BHTS = att_BHTS.astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
+    return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
+
+
+def attention_weights(q_BTHD: Array, k_BSHD: Array, start: Array | int = 0, document_BT: Array | None = None) -> Array:
+    """softmax(q k' / sqrt(D)) over the keys that each query sees, as in `causal_attention`.
+
+    Returns:
+        [B, H, T, S] in float32, or float64 of float64 inputs; exactly 0 where a query does not see.
+    """
     stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
     score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
-    seen_TS = jnp.arange(n_keys) <= start + jnp.arange(n_queries)[:, None]
+    seen_TS = jnp.arange(k_BSHD.shape[1]) <= start + jnp.arange(q_BTHD.shape[1])[:, None]
     seen = (
         seen_TS if document_BT is None else seen_TS & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
     )
-    score_BHTS = jnp.where(seen, score_BHTS * head_size**-0.5, -jnp.inf)
-    att_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
-    return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
+    return jax.nn.softmax(jnp.where(seen, score_BHTS * q_BTHD.shape[-1] ** -0.5, -jnp.inf), axis=-1)
 
 
 @jax.custom_vjp

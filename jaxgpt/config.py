@@ -52,20 +52,20 @@ class ModelConfig:
 class OptimizerConfig:
     """The update rule. The defaults are PyTorch's AdamW at the write-ups' learning rate."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Update rule; each is defined as in torch.optim."""
     lr: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """adamw: decay of the first moment."""
+    """adamw, adam: decay of the first moment."""
     beta2: float = 0.999
-    """adamw: decay of the second moment."""
+    """adamw, adam: decay of the second moment."""
     eps: float = 1e-8
-    """adamw: added outside the square root."""
+    """adamw, adam: added outside the square root."""
     momentum: float = 0.0
     """sgd: momentum (0 = none)."""
     weight_decay: float | None = None
-    """adamw: decoupled, times the rate. sgd: added to the gradient. Default: torch.optim's, 0.01 and 0."""
+    """adamw: decoupled, times the rate. adam, sgd: added to the gradient. Default: torch.optim's, 0.01 and 0."""
     decay_mask: Literal["all", "matrices"] = "all"
     """Which parameters decay: all, or only those of two and more dimensions that are no norm's."""
     clip: float = 0.0
@@ -142,6 +142,11 @@ class RunConfig:
     """How many of the latest checkpoints to keep; the one with the best validation loss stays besides."""
     seed: int = 1337
     """Determines initial weights, batches, dropout masks and the sample."""
+    patience: int = 0
+    """Stop after so many reports in a row whose validation loss was no better (0 = never). The best checkpoint is then
+    the run's result."""
+    min_delta: float = 0.0
+    """patience: better is lower by more than so many nats than the best before."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the forward pass; master weights stay float32 (float64 in float64). auto: float32 on CPU, else bfloat16."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -156,7 +161,11 @@ class RunConfig:
     def check_run(self) -> None:
         """Raises `UserError` for a value out of its range."""
         require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
+        require_at_least(0, self, "patience")
         require_at_most(10**6, self, "batch_size")
+        require(0 <= self.min_delta < math.inf, "min_delta", self.min_delta, "give 0 or a positive number")
+        remedy = "has an effect only with --patience; add that, or leave it out"
+        require(not self.min_delta or self.patience > 0, "min_delta", self.min_delta, remedy)
         require_seed(self.seed)
 
 
@@ -219,14 +228,20 @@ class LoopConfig(DataConfig, RunConfig):
     """Steps between reports with validation loss (0 = after each epoch); the last step reports too."""
     eval_batches: int = 10
     """Random validation batches per report (0 = the whole split in order)."""
+    diagnose_every: int = 0
+    """Steps between records of every tensor's gradient, in diagnostics.jsonl (0 = none)."""
+    attention_every: int = 0
+    """Steps between attention maps of the first validation tokens, in attention/ and attention.gif (0 = none)."""
+    sample_every: int = 0
+    """Steps between samples, printed and kept in samples.jsonl (0 = only the one at the end)."""
     prompt: str | None = None
-    """What the sample at the end continues (default: "ROMEO:" where the vocabulary has it)."""
+    """What the samples continue (default: "ROMEO:" where the vocabulary has it)."""
     sample_tokens: int = 200
-    """Tokens of the sample at the end."""
+    """Tokens of a sample."""
     sample_temperature: float = 1.0
-    """Temperature of the sample at the end."""
+    """Temperature of a sample."""
     sample_top_k: int = 0
-    """Of the sample at the end: only the k most likely tokens (0 = all)."""
+    """Of a sample: only the k most likely tokens (0 = all)."""
 
     def check_loop(self) -> None:
         """Raises `UserError` for a value out of its range."""
@@ -234,6 +249,7 @@ class LoopConfig(DataConfig, RunConfig):
         self.check_data()
         require_at_least(1, self, "steps", "sample_tokens")
         require_at_least(0, self, "epochs", "eval_every", "eval_batches", "sample_top_k")
+        require_at_least(0, self, "diagnose_every", "attention_every", "sample_every")
         require_at_most(10**6, self, "sample_tokens")
         require_at_most(10**4, self, "eval_batches")
         require(self.prompt != "", "prompt", "''", "empty; give at least one character to continue")

@@ -127,6 +127,8 @@ def _encoded(
 class Classification:
     """The task of `trainer.Task`: the classes of texts."""
 
+    watches = ()
+
     def __init__(self, run: RunFolder, executor: parallel.Executor, data: dict[str, tuple[np.ndarray, np.ndarray]]):
         config = run.config
         self.run, self.executor, self.test = run, executor, data["test"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import batches, parallel, run_folder
+from jaxgpt import batches, diagnostics, parallel, run_folder
 from jaxgpt.batches import Order, Scored
 from jaxgpt.config import SamplingConfig, TrainConfig
 from jaxgpt.console import Display
@@ -19,11 +20,13 @@ from jaxgpt.generate import generate
 from jaxgpt.loader import make_loader
 from jaxgpt.loss import mean_of_batches, perplexity
 from jaxgpt.run_folder import RunFolder
-from jaxgpt.tokenizer import decode
+from jaxgpt.tokenizer import decode, visible
 from jaxgpt.tokens import Data, prepare, sample_prompt
-from jaxgpt.train_step import Program
+from jaxgpt.train_step import Program, TrainState
 from jaxgpt.trained import whole_split_loss
-from jaxgpt.trainer import new_folder, run_training
+from jaxgpt.trainer import Watch, new_folder, run_training
+
+MAP_TOKENS = 32  # of the validation split's first: maps of more are hard to read
 
 
 def train(
@@ -100,6 +103,14 @@ class LanguageModel:
         self.steps_per_epoch = order.steps_per_epoch
         self.loader = make_loader(data.train_N, order, executor.put, loader)
         self._val_starts = jax.jit(self._draw_val_starts)
+        self._flow = executor.compiled(partial(diagnostics.gradient_flow, executor.program))
+        self.map_ids_T = np.asarray(data.val_N[: min(MAP_TOKENS, config.model.block_size)], np.int32)
+        looks = (
+            Watch(config.diagnose_every, self._diagnose),
+            Watch(config.attention_every, self._map_attention, at_end=True),
+            Watch(config.sample_every, self._show_sample),
+        )
+        self.watches = [watch for watch in looks if watch.every]
 
     def validate(self, params: Any, step: int, n_batches: int | None = None) -> dict[str, float]:
         """The mean of the batches' mean losses, as documented, its perplexity, and the mean over all tokens.
@@ -127,6 +138,8 @@ class LanguageModel:
     def finish(self, params: Any) -> tuple[dict[str, Any], str]:
         """Whole-split loss and a sample."""
         run, config = self.run, self.run.config
+        if config.attention_every:
+            self._animate()
         whole = whole_split_loss(self.executor, params, self.val_N, run.tokenizer, say=self.say)
         text = self._sample(params)
         run_folder.write_text(run.path / "sample.txt", text + "\n")
@@ -142,6 +155,32 @@ class LanguageModel:
             f"{perplexity(whole.loss):.3f}  bits per byte {whole.bits_per_byte:.4f}\n"
             f"--- a sample of {config.sample_tokens} tokens ---\n{text}\n---"
         )
+
+    def _diagnose(self, state: TrainState, step: int) -> None:
+        """Records the gradient of the update to come; a program of its own, so that the others are as they were."""
+        figures = self._flow(state, self.loader.take(step, 1))
+        flows = diagnostics.flows(figures, state.params)
+        record = diagnostics.record(step, flows)
+        self.run.append("diagnostics.jsonl", record)
+        for verdict in ("vanishing", "exploding"):
+            if names := record[verdict]:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                self.say(f"step {step}  gradients {verdict}: {', '.join(names[:3])}{more}")
+
+    def _map_attention(self, state: TrainState, step: int) -> None:
+        maps_LHTS = diagnostics.attention_maps(self.executor.program, jax.device_get(state.params), self.map_ids_T)
+        self.run.save_map(step, maps_LHTS)
+
+    def _animate(self) -> None:
+        from jaxgpt.diagrams import attention_animation  # imports matplotlib
+
+        tokens = [visible(self.run.tokenizer, int(i)) for i in self.map_ids_T]
+        attention_animation(self.run.path / "attention.gif", self.title, self.run.read_maps(), tokens)
+
+    def _show_sample(self, state: TrainState, step: int) -> None:
+        text = self._sample(state.params)
+        self.run.append("samples.jsonl", {"step": step, "text": text})
+        self.say(f"--- a sample after {step} steps ---\n{text}\n---")
 
     def _validation(self, step: int, n_batches: int | None) -> Iterator[Scored]:
         config = self.run.config

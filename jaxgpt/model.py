@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgpt.attention import AttentionImplementation, causal_attention
+from jaxgpt.attention import AttentionImplementation, attention_weights, causal_attention
 from jaxgpt.config import ModelConfig
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -131,8 +131,7 @@ class Attention(nnx.Module):
         document_BT: Array | None = None,
     ):
         """The branch's output [N, C], and the cache with this call's keys and values written at `start`."""
-        head_size = x_NC.shape[-1] // self.n_head
-        q, k, v = (W(x_NC).reshape(n_rows, -1, self.n_head, head_size) for W in (self.Wq, self.Wk, self.Wv))
+        q, k, v = (self._heads(W, x_NC, n_rows) for W in (self.Wq, self.Wk, self.Wv))
         if cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
@@ -141,6 +140,13 @@ class Attention(nnx.Module):
             cache = (k, v)
         out_BTHD = causal_attention(q, k, v, start, self.implementation, document_BT)
         return self.Wo(out_BTHD.reshape(x_NC.shape)), cache
+
+    def weights(self, x_NC: Array, n_rows: int) -> Array:
+        """How much each query attends to each key of its row, [B, H, T, S]: what the output is made with."""
+        return attention_weights(self._heads(self.Wq, x_NC, n_rows), self._heads(self.Wk, x_NC, n_rows))
+
+    def _heads(self, projection: Linear, x_NC: Array, n_rows: int) -> Array:
+        return projection(x_NC).reshape(n_rows, -1, self.n_head, x_NC.shape[-1] // self.n_head)
 
 
 def gelu(x: Array, kind: str) -> Array:
@@ -256,13 +262,27 @@ class GPT(nnx.Module):
         """
         n_rows, n_time = idx_BT.shape
         position_T = start + jnp.arange(n_time, dtype=jnp.int32)
-        x_BTC = self.token_emb(idx_BT) + self.pos_emb(position_T if position_BT is None else position_BT)
+        x_BTC = self.embedded(idx_BT, position_T if position_BT is None else position_BT)
         x_NC = dropout(x_BTC.reshape(n_rows * n_time, -1), self.dropout, row_key_B, 0)
         new_cache = []
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x_NC, block_cache = block(x_NC, n_rows, row_key_B, block_cache, start, document_BT)
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
+
+    def attention_maps(self, idx_BT: Array) -> Array:
+        """The attention weights of every layer and head over tokens [B, T], T at most a block: [B, L, H, T, S]."""
+        n_rows, n_time = idx_BT.shape
+        x_NC = self.embedded(idx_BT, jnp.arange(n_time, dtype=jnp.int32)).reshape(n_rows * n_time, -1)
+        maps = []
+        for block in self.blocks:
+            maps.append(block.attn.weights(block.ln1(x_NC), n_rows))
+            x_NC, _ = block(x_NC, n_rows, None, None, 0)
+        return jnp.stack(maps, axis=1)
+
+    def embedded(self, idx_BT: Array, position: Array) -> Array:
+        """The sum [B, T, C] of the tokens' and the positions' embeddings; positions [T] or [B, T]."""
+        return self.token_emb(idx_BT) + self.pos_emb(position)
 
     @property
     def head_CV(self) -> Array:

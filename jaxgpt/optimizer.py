@@ -48,7 +48,7 @@ def decay_mask(params: Params, which: str) -> dict[str, bool]:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm (before all else), then AdamW or SGD as torch.optim defines them."""
+    """Clipping by global norm (before all else), then AdamW, Adam or SGD as torch.optim defines them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _update_rule(config, optax_schedule(config)),
@@ -59,13 +59,12 @@ def _update_rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gra
     def mask(params: Params) -> dict[str, bool]:
         return decay_mask(params, config.decay_mask)
 
-    if config.optimizer == "adamw":
-        return optax.chain(
-            scale_by_adam(config.beta1, config.beta2, config.eps),
-            optax.add_decayed_weights(config.decay, mask),
-            optax.scale_by_learning_rate(schedule),
-        )
-    return optax.chain(optax.add_decayed_weights(config.decay, mask), optax.sgd(schedule, config.momentum or None))
+    decay = optax.add_decayed_weights(config.decay, mask)
+    if config.optimizer == "sgd":
+        return optax.chain(decay, optax.sgd(schedule, config.momentum or None))
+    adam = scale_by_adam(config.beta1, config.beta2, config.eps)
+    before_the_rate = (adam, decay) if config.optimizer == "adamw" else (decay, adam)
+    return optax.chain(*before_the_rate, optax.scale_by_learning_rate(schedule))
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

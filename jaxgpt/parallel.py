@@ -100,9 +100,13 @@ class Executor:
             )
         self.program = program
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        build = _jit if config.parallel == "jit" else _pmap
-        self._updates = build(program.updates, self.mesh, donate=True)
-        self._evaluate = build(program.evaluate, self.mesh, donate=False)
+        self._build = _jit if config.parallel == "jit" else _pmap
+        self._updates = self._build(program.updates, self.mesh, donate=True)
+        self._evaluate = self.compiled(program.evaluate)
+
+    def compiled(self, function: Callable) -> Callable:
+        """A pure function (first, *rest, shards) compiled for the devices, to be called without its shards."""
+        return self._build(function, self.mesh, donate=False)
 
     def put(self, tree: Any) -> Any:
         """The tree's arrays, whole on every device."""

@@ -51,7 +51,7 @@ def learning_curves(
         right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: Sequence[str], accuracy: float) -> None:
@@ -78,10 +78,11 @@ def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: S
     axes.set_yticks(range(n_classes), shown, parse_math=False)
     axes.set(xlabel="predicted", ylabel="class")
     axes.set_title(f"{title}: accuracy {accuracy:.3f}", parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a title with characters that the font has not

@@ -1,7 +1,7 @@
 """A run's folder: what it holds, how it is begun, resumed and opened. Everything in it is JSON, text, PNG or orbax.
 
 config.json, tokenizer.json, data.json, metrics.jsonl, steps.csv, summary.json, sample.txt, learning_curves.png,
-checkpoints/.
+checkpoints/; on demand diagnostics.jsonl, samples.jsonl, attention.gif, attention/, inspect/.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
@@ -38,8 +40,13 @@ WRITTEN_FILES = (
     "sample.txt",
     "learning_curves.png",
     "confusion.png",
+    "diagnostics.jsonl",
+    "samples.jsonl",
+    "attention.gif",
 )
-OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), "checkpoints", ".lock"}
+RECORDS = ("metrics.jsonl", "diagnostics.jsonl", "samples.jsonl")  # lines with the "step" that they are of
+FOLDERS = ("checkpoints", "attention", "inspect")
+OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), *FOLDERS, ".lock"}
 STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
 
 
@@ -58,6 +65,15 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def result(self) -> str:
+        """Which checkpoint is the run's result: "last", or, of a run that stopped early, "best"."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):  # still training, or the file is damaged
+            return "last"
+        return "best" if "stopped_early" in summary else "last"
 
     @property
     def data_dir(self) -> Path | None:
@@ -87,9 +103,11 @@ class RunFolder:
             rows = list(csv.reader(f))[1:]
         return [(int(step), float(loss), float(norm), float(lr)) for step, loss, norm, lr in rows]
 
-    def append_metrics(self, report: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(report) + "\n")
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Adds a line to one of RECORDS."""
+        assert name in RECORDS and "step" in record
+        with (self.path / name).open("a") as f:
+            f.write(json.dumps(record) + "\n")
 
     def append_steps(self, rows: list[tuple[int, float, float, float]]) -> None:
         path = self.path / "steps.csv"
@@ -97,9 +115,21 @@ class RunFolder:
             writer = csv.writer(f, lineterminator="\n")
             writer.writerows(rows if f.tell() else [STEP_FIELDS, *rows])
 
+    def save_map(self, step: int, maps_LHTS: np.ndarray) -> None:
+        """Keeps the attention maps after `step` updates as attention/<step>.npy."""
+        folder = self.path / "attention"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{step:08}.partial").open("wb") as f:
+            np.save(f, maps_LHTS)
+        os.replace(f.name, folder / f"{step:08}.npy")
+
+    def read_maps(self) -> list[tuple[int, Path]]:
+        """The steps with attention maps, in order, and their files."""
+        return [(int(path.stem), path) for path in sorted((self.path / "attention").glob("*.npy"))]
+
     def flush(self) -> None:
         """Has the records on the disk itself, before a checkpoint that counts on them."""
-        for name in ("metrics.jsonl", "steps.csv"):
+        for name in (*RECORDS, "steps.csv"):
             if (self.path / name).exists():
                 with (self.path / name).open("a") as f:
                     os.fsync(f.fileno())
@@ -109,7 +139,8 @@ class RunFolder:
 
         A last line cut short by the kill belongs to what is forgotten.
         """
-        _rewrite_lines(self.path / "metrics.jsonl", lambda line: json.loads(line)["step"] < step)
+        for name in RECORDS:
+            _rewrite_lines(self.path / name, lambda line: json.loads(line)["step"] < step)
         header = ",".join(STEP_FIELDS)
         _rewrite_lines(
             self.path / "steps.csv",
@@ -282,8 +313,9 @@ def _remove_run(path: Path) -> None:
     """Removes what a run writes, config.json first so that an interruption leaves no run that looks whole."""
     for name in WRITTEN_FILES:
         (path / name).unlink(missing_ok=True)
-    if (path / "checkpoints").exists():
-        shutil.rmtree(path / "checkpoints")
+    for name in FOLDERS:
+        if (path / name).exists():
+            shutil.rmtree(path / name)
 
 
 def _rewrite_lines(path: Path, keep: Callable[[str], bool]) -> None:

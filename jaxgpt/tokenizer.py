@@ -225,6 +225,20 @@ def make_tokenizer(
     return _trained(corpus, int(kind.removeprefix("bpe:")), say)
 
 
+# Marks that common fonts have.
+_MARKS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+
+
+def visible(tokenizer: Tokenizer, i: int) -> str:
+    """One token for a person: white space as marks, what does not print as its number, stray bytes as \\xNN."""
+    if isinstance(tokenizer, CharTokenizer):
+        text = tokenizer.chars[i]
+    else:
+        token = bytes([i]) if isinstance(tokenizer, ByteTokenizer) else tokenizer._bytes[i]
+        text = token.decode("utf-8", "backslashreplace")
+    return "".join(_MARKS.get(c) or (c if c.isprintable() else f"U+{ord(c):04X}") for c in text)
+
+
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The whole text of the ids."""
     return "".join(tokenizer.decode_stream(ids))

@@ -30,7 +30,10 @@ PROGRESS_SECONDS = 20.0
 
 
 def open_trained(path: Path, which: str) -> tuple[RunFolder, Executor, TrainState]:
-    """A language model's run, its program on one device, and the state of its "last" or "best" checkpoint.
+    """A language model's run, its program on one device, and the state of a checkpoint.
+
+    Args:
+        which: "last", "best", or "result": the last, or the best if it stopped early.
 
     Raises:
         UserError: no run there, or a run without a checkpoint, or a classifier's.
@@ -79,6 +82,7 @@ def _prepared(run: RunFolder) -> Numerics:
 
 
 def _restored(run: RunFolder, program: Program, which: str) -> tuple[RunFolder, Executor, TrainState]:
+    which = run.result if which == "result" else which
     none_yet = UserError(f"RUN {run.path}: has no checkpoint yet; train it to its first one")
     if not run.checkpoints.is_dir():
         raise none_yet

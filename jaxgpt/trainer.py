@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +27,20 @@ from jaxgpt.versions import versions
 DISPATCH_SECONDS = 0.25  # long against the cost of a dispatch (about 1 ms), short for a progress bar and Ctrl-C
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is looked at beside the training: the state before update 0, `every`, 2 `every`, ..., and after the last."""
+
+    every: int
+    look: Callable[[TrainState, int], None]  # with the number of updates done
+    at_end: bool = False
+
+
 class Task(Protocol):
     """What is trained: its batches, its validation and its end. `language_model.py` and `finetune.py` have one each."""
 
     loader: Loader
+    watches: Sequence[Watch]
     steps_per_epoch: int | None
     tokens_per_step: int
     title: str
@@ -73,7 +84,7 @@ def run_training(
                 task = make_task()
                 trainer = Trainer(run, executor, checkpoints, task, first_state, display, started)
                 trainer.train(stop)
-            if trainer.done == run.config.steps:  # from here on a signal ends the process at once: all is saved
+            if trainer.complete:  # from here on a signal ends the process at once: all is saved
                 trainer.finish()
                 return 0
     finally:
@@ -128,22 +139,36 @@ class Trainer:
         self.done = int(self.state.step)  # updates done
         run.rewind(self.done)
         reports = run.read_metrics()
-        self.best_val_loss = min((r["val_loss"] for r in reports), default=math.inf)
+        self.val_losses = [r["val_loss"] for r in reports]
         self.tokens_per_s = reports[-1]["tokens_per_s"] if reports else 0.0
         self.started = started - (reports[-1]["elapsed_s"] if reports else 0.0)
         self.first_step_s: float | None = None
         self._process_started = started
         self._pace = 1  # steps of the next dispatch
 
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.done == self.config.steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last --patience reports were no better than the best before them."""
+        patience = self.config.patience
+        return bool(patience) and reports_without_gain(self.val_losses, self.config.min_delta) >= patience
+
     def train(self, stop: list[int]) -> None:
         """Runs dispatches until the last step, or until `stop` holds a signal; saves before it returns."""
         config = self.config
-        if self.done < config.steps:
+        if not self.complete:
             self.state, _ = self.executor.updates(self.state, self.task.loader.take(self.done, 0), 0)  # compiles
         self.display.start(self.done, config.steps)
         seconds_all = seconds = 0.0  # in dispatches: of this process, and since the last report
         done_first = done_reported = self.done
-        while self.done < config.steps and not stop:
+        while not self.complete and not stop:
+            for watch in self.task.watches:
+                if self.done % watch.every == 0:
+                    watch.look(self.state, self.done)
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
             feed = self.task.loader.take(self.done, n_steps)
@@ -155,15 +180,18 @@ class Trainer:
             self._record(metrics)
             self.tokens_per_s = self._tokens(self.done - done_first) / seconds_all
             self.display.progress(self.done, float(metrics[-1, 0]), self._tokens(n_steps) / elapsed)
-            val_loss = math.inf
+            val_loss, best = math.inf, min(self.val_losses, default=math.inf)
             if self._is_due(config.eval_every or self.task.steps_per_epoch, by_epoch=not config.eval_every):
                 val_loss = self._report(metrics[-1], self._tokens(self.done - done_reported) / seconds)
                 seconds, done_reported = 0.0, self.done
-            if self._is_due(config.checkpoint_every) or val_loss < self.best_val_loss:
+            # A run that stops early is kept as it stopped too: killed from here on, it has nothing to train again.
+            if self._is_due(config.checkpoint_every) or val_loss < best or self.stopped_early:
                 self._save(val_loss)
-            self.best_val_loss = min(self.best_val_loss, val_loss)
         if stop and self.done > done_first:
             self._save()
+        for watch in self.task.watches:
+            if watch.at_end and self.complete:
+                watch.look(self.state, self.done)
         self.display.close()
         checkpoint.wait(self.checkpoints)
         self._draw()
@@ -171,10 +199,12 @@ class Trainer:
     def finish(self) -> None:
         """The result over the whole validation split, and the summary: last, as it tells that the run is complete."""
         config, run = self.config, self.run
+        early = {"stopped_early": self._take_best()} if self.stopped_early else {}
         figures, told = self.task.finish(self.state.params)
         summary = {
             "params": sum(p.size for p in self.state.params.values()),
             "steps": self.done,
+            **early,
             **figures,
             "tokens_per_s": self.tokens_per_s,
             "first_step_s": self.first_step_s,
@@ -200,11 +230,25 @@ class Trainer:
         remedy = "remove this folder to go on from the one before it"
         return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step, remedy)
 
+    def _take_best(self) -> dict[str, Any]:
+        """Puts the best checkpoint's state in place of one that was not better; what the summary tells of it."""
+        config = self.config
+        best = checkpoint.pick_step(self.checkpoints, "best")
+        assert best is not None, "a report that was better than all before it was kept"
+        self.state = checkpoint.restore(self.checkpoints, self.executor.abstract_state(), best, "start again")
+        by = f" by more than {config.min_delta:g}" if config.min_delta else ""
+        self.display.line(
+            f"stopped early after {self.done} of {config.steps} steps: validation loss has not fallen{by} for "
+            f"{config.patience} reports; the result is the best, {min(self.val_losses):.4f} after {best} steps"
+        )
+        return {"patience": config.patience, "min_delta": config.min_delta, "best_step": best}
+
     def _next_dispatch(self) -> int:
-        """How many steps to run now: what fits the pace, up to the next report, checkpoint or the end."""
+        """How many steps to run now: what fits the pace, up to the next report, checkpoint, look or the end."""
         config, to_checkpoint = self.config, self._to_due(self.config.checkpoint_every)
         to_report = self._to_due(config.eval_every or self.task.steps_per_epoch, by_epoch=not config.eval_every)
-        return min(self._pace, to_report, to_checkpoint, config.steps - self.done)
+        to_look = [watch.every - self.done % watch.every for watch in self.task.watches]
+        return min(self._pace, to_report, to_checkpoint, config.steps - self.done, *to_look)
 
     def _is_due(self, every: int, by_epoch: bool = False) -> bool:
         """Whether the step just done is a multiple of `every`, counted from 0, or ends an epoch, or is the last."""
@@ -239,7 +283,8 @@ class Trainer:
             "tokens_per_s": tokens_per_s,
             "elapsed_s": time.perf_counter() - self.started,
         }
-        self.run.append_metrics(report)
+        self.run.append("metrics.jsonl", report)
+        self.val_losses.append(figures["val_loss"])
         self.display.report(report, self.task.line(report, self.config.steps))
         return figures["val_loss"]
 
@@ -272,6 +317,14 @@ class Trainer:
         learning_curves(
             self.run.path / "learning_curves.png", self.task.title, self.run.read_steps(), self.run.read_metrics()
         )
+
+
+def reports_without_gain(val_losses: Sequence[float], min_delta: float) -> int:
+    """How many of the last reports in a row were not below the best before them by more than `min_delta`."""
+    best, waited = math.inf, 0
+    for val_loss in val_losses:
+        best, waited = (val_loss, 0) if val_loss < best - min_delta else (best, waited + 1)
+    return waited
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The rungs are trusted because they are shown to fail. A mutant names the rungs t
 catch it first; `scripts/parity.py --mutants` prints what each said.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxgpt import batches, classifier, convert, loss, model, optimizer, train_step
+from jaxgpt import batches, classifier, convert, diagnostics, loss, model, optimizer, train_step, trainer
 from jaxgpt.errors import UserError
 from jaxgpt.model import GPT
 from jaxgpt.train_step import Program
@@ -342,6 +343,41 @@ MUTANTS = [
         "absent texts count",
         wrap(classifier, "cross_entropy", lambda real: lambda logits, label, weight=None: real(logits, label)),
         ("classification", "classification, accuracy"),
+    ),
+    Mutant(
+        "Adam with AdamW's decay",
+        wrap(
+            optimizer,
+            "_update_rule",
+            lambda real: (
+                lambda c, rate: real(dataclasses.replace(c, optimizer="adamw") if c.optimizer == "adam" else c, rate)
+            ),
+        ),
+        ("optimizer",),
+    ),
+    Mutant(
+        "standard deviation over n",
+        wrap(jnp, "std", lambda real: lambda g, ddof: real(g)),
+        ("gradient_report",),
+    ),
+    Mutant(
+        "gradient report of the next batch",
+        wrap(
+            diagnostics,
+            "gradient_flow",
+            lambda real: lambda p, s, feed, shards: real(p, s, feed._replace(start_KB=feed.start_KB + 1), shards),
+        ),
+        ("gradient_report",),
+    ),
+    Mutant(
+        "maps of keys over queries",
+        wrap(model, "attention_weights", lambda real: lambda q, k: real(k, q)),
+        ("maps",),
+    ),
+    Mutant(
+        "a loss as good as the best counts as better",
+        wrap(trainer, "reports_without_gain", lambda real: lambda losses, delta: real(losses, delta - 1e-9)),
+        ("early_stopping",),
     ),
     Mutant("c_attn split as key, query, value", wrap(convert, "writeup_names", key_before_query), ("gpt2",)),
 ]

@@ -10,6 +10,7 @@ from parity_tests.rungs import (
     classification,
     files,
     gpt2,
+    inside,
     ops,
     packing,
     randomness,
@@ -22,7 +23,7 @@ from parity_tests.sides import SIZES, small
 
 def _optimizer() -> Iterator[Row]:
     configurations = optimizer_rungs.configurations()
-    for name in ("b2 0.999, decay matrices", "warm-up and cosine", "SGD, momentum"):
+    for name in ("b2 0.999, decay matrices", "warm-up and cosine", "Adam, decay in the gradient", "SGD, momentum"):
         yield from optimizer_rungs.compare_optimizer(optimizer_rungs.case_of(name, configurations[name]), (1, 2))
 
 
@@ -57,6 +58,9 @@ PROBES: dict[str, Callable[[], Iterator[Row]]] = {
     "classification": lambda: classification.compare_batch("last_token", ("float64",)),
     "classification, mean": lambda: classification.compare_batch("mean", ("float64",)),
     "classification, accuracy": lambda: classification.compare_accuracy("last_token"),
+    "gradient_report": lambda: inside.rung_gradient_report(True),
+    "maps": lambda: inside.rung_maps(True),
+    "early_stopping": lambda: inside.rung_early_stopping(True),
     "bfloat16": lambda: bfloat16.compare_casts(bfloat16.cases()[:4]),
 }
 

@@ -148,6 +148,15 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("classification, every parameter", "float64"): Tolerance(
         1e-10, 1e-13, "100 steps of Adam, which amplifies rounding"
     ),
+    ("gradient report, mean |g|", "float64"): Tolerance(1e-12, 3.7e-14, "as the gradients"),
+    ("gradient report, standard deviation", "float64"): Tolerance(1e-12, 3.8e-14, "as the gradients"),
+    ("gradient report, update over weight", "float64"): Tolerance(
+        1e-10, 1.1e-13, "the difference of weights before and after, on PyTorch's side: their digits less the update's"
+    ),
+    ("attention maps", "float64"): Tolerance(1e-13, 2.1e-15, "largest difference; values up to 1, " + _SUMS_64),
+    ("surprise", "float64"): Tolerance(1e-13, 3.1e-16, "largest difference; values up to 1, " + _SUMS_64),
+    ("surprise, likeliest tokens that differ", "float64"): Tolerance(0.0, 0.0, _COUNT),
+    ("early stopping, stops that differ", "float64"): Tolerance(0.0, 0.0, _COUNT),
     ("GPT-2 logits", "float64"): Tolerance(1e-12, 3.6e-15, "as the logits"),
     ("GPT-2 logits", "float32"): Tolerance(1.5, 0.82, _R_VALUES),
     ("end to end", "float32"): Tolerance(1.0, 0.00043, "standard errors of PyTorch's mean over five seeds"),

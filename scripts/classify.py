@@ -21,8 +21,9 @@ class ClassifyFlags:
     """Folder of a run that scripts/finetune.py has made."""
     texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """Texts to classify."""
-    checkpoint: Literal["last", "best"] = "last"
-    """The last checkpoint, or the one with the lowest loss on the test texts."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """result: the last, or, of a run that stopped early, the best: the one with the lowest loss on the test
+    texts."""
     json: bool = False
     """Print a line {"text", "label", "probability", "probabilities"} for each text and nothing else."""
 

@@ -43,8 +43,8 @@ class ExportFlags:
     """File for the weights (safetensors)."""
     optimizer_state: Path | None = None
     """File for the optimiser's state (safetensors)."""
-    checkpoint: Literal["last", "best"] = "last"
-    """The last checkpoint, or the one with the lowest validation loss."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """result: the last, or, of a run that stopped early, the best: the one with the lowest validation loss."""
     overwrite: bool = False
     """Replace files that exist."""
 

@@ -18,8 +18,8 @@ class EvaluateFlags:
     """Folder of a run."""
     split: Literal["val", "train"] = "val"
     """Which part of the data; all of its non-overlapping windows of a block are read."""
-    checkpoint: Literal["last", "best"] = "last"
-    """The last checkpoint, or the one with the lowest validation loss."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """result: the last, or, of a run that stopped early, the best: the one with the lowest validation loss."""
     data_dir: Path | None = None
     """Folder to look for datasets in first."""
     stride: int | None = None

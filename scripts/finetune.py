@@ -20,8 +20,9 @@ from jaxgpt.config import FinetuneConfig, ModelConfig  # noqa: E402
 class FinetuneFlags(FinetuneConfig):
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a language model's run; its model and tokenizer are taken over."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Of RUN the last checkpoint, or the one with the lowest validation loss."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """Of RUN, result: the last, or, of a run that stopped early, the best: the one with the lowest validation
+    loss."""
     out_dir: Path | None = None
     """Folder of the new run (default: runs/<dataset>-finetune-<pool>-<time>). The same run there is resumed."""
     data_dir: Path | None = None

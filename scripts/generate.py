@@ -18,8 +18,8 @@ class GenerateFlags(SamplingConfig):
     """Folder of a run."""
     prompt: str = "ROMEO:"
     """Text to continue."""
-    checkpoint: Literal["last", "best"] = "last"
-    """The last checkpoint, or the one with the lowest validation loss."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """result: the last, or, of a run that stopped early, the best: the one with the lowest validation loss."""
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ class ParityFlags:
     """If a rung fails, walk op, layer, gradient and step, and name the first tensor that departs."""
     run: Path | None = None
     """Instead of the ladder: a run of yours, both frameworks on its own validation split."""
-    checkpoint: Literal["last", "best"] = "last"
-    """With --run: the last checkpoint, or the one with the lowest validation loss."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """With --run, result: the last, or, of a run that stopped early, the best: the one with the lowest validation
+    loss."""
     data_dir: Path | None = None
     """With --run and --end-to-end: folder to look for datasets in first."""
     mutants: bool = False
@@ -53,7 +54,7 @@ class ParityFlags:
                 raise UserError(f"{name}: has an effect on the ladder only; leave it out, or leave out {given[0]}")
         if self.data_dir and not (self.run or self.end_to_end):
             raise UserError("--data-dir: has an effect only with --run or --end-to-end; add one, or leave it out")
-        if self.checkpoint != "last" and not self.run:
+        if self.checkpoint != "result" and not self.run:
             raise UserError("--checkpoint: has an effect only with --run; add it, or leave it out")
         if self.seeds != 5 and not self.end_to_end or self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: give at least 1, and --end-to-end with it")

@@ -107,9 +107,9 @@ class ReferenceFlags(FinetuneConfig):
 
 def main() -> None:
     flags = parse_flags(ReferenceFlags, sys.argv[1:], __doc__)
-    for name in ("dtype", "parallel", "checkpoint_every", "keep_checkpoints"):
+    for name in ("dtype", "parallel", "checkpoint_every", "keep_checkpoints", "patience", "min_delta"):
         if getattr(flags, name) != getattr(FinetuneConfig, name):
-            raise UserError(f"{flag(name)}: the reference has one device, float32 and no checkpoints; leave it out")
+            raise UserError(f"{flag(name)}: the reference has no use for it; leave it out")
     found = load_labelled(flags, flags.data_dir, print)
     tokenizer = Gpt2Tokenizer(gpt2_folder(flags.data_dir, print))
     torch.manual_seed(flags.seed)

@@ -57,16 +57,22 @@ class Attention(nn.Module):
         self.register_buffer("seen_TS", seen_TS, persistent=False)
 
     def forward(self, x_BTC: Tensor, same_BTS: Tensor | None = None) -> Tensor:
-        B, T, C = x_BTC.shape
-        q_BHTD, k_BHSD, v_BHSD = (
-            W(x_BTC).view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for W in (self.Wq, self.Wk, self.Wv)
-        )
-        score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(C // self.n_head)
-        seen = self.seen_TS[:T, :T] if same_BTS is None else (self.seen_TS[:T, :T] & same_BTS)[:, None]
-        att_BHTS = score_BHTS.masked_fill(~seen, -math.inf).softmax(dim=-1)
+        att_BHTS, v_BHSD = self.weights(x_BTC, same_BTS), self._heads(self.Wv, x_BTC)
         dtype = self.compute_dtype or x_BTC.dtype
         out_BHTD = (att_BHTS.to(dtype) @ v_BHSD.to(dtype)).to(x_BTC.dtype)  # cast: probabilities and values
-        return self.Wo(out_BHTD.transpose(1, 2).reshape(B, T, C))
+        return self.Wo(out_BHTD.transpose(1, 2).reshape(x_BTC.shape))
+
+    def weights(self, x_BTC: Tensor, same_BTS: Tensor | None = None) -> Tensor:
+        """How much each query attends to each key, [B, H, T, S]."""
+        T = x_BTC.shape[1]
+        q_BHTD, k_BHSD = self._heads(self.Wq, x_BTC), self._heads(self.Wk, x_BTC)
+        score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
+        seen = self.seen_TS[:T, :T] if same_BTS is None else (self.seen_TS[:T, :T] & same_BTS)[:, None]
+        return score_BHTS.masked_fill(~seen, -math.inf).softmax(dim=-1)
+
+    def _heads(self, projection: Linear, x_BTC: Tensor) -> Tensor:
+        B, T, C = x_BTC.shape
+        return projection(x_BTC).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -152,6 +158,17 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2], same_BTS)
         return self.ln_f(x_BTC)
+
+
+@torch.no_grad()
+def attention_maps(model: GPT, idx_BT: Tensor) -> Tensor:
+    """The attention weights of every layer and head, [B, L, H, T, S]."""
+    x_BTC = model.token_emb(idx_BT) + model.pos_emb(torch.arange(idx_BT.shape[1]))
+    maps = []
+    for block in model.blocks:
+        maps.append(block.attn.weights(block.ln1(x_BTC)))
+        x_BTC = block(x_BTC, None, None)
+    return torch.stack(maps, dim=1)
 
 
 @contextmanager

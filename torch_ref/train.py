@@ -77,6 +77,22 @@ def train(
         yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip, end_of_text)
 
 
+class EarlyStopping:
+    """Tells when `patience` validations in a row were not lower by more than `min_delta` than the lowest so far."""
+
+    def __init__(self, patience: int, min_delta: float = 0.0):
+        self.patience, self.min_delta = patience, min_delta
+        self.lowest, self.counter = math.inf, 0
+
+    def step(self, val_loss: float) -> bool:
+        """Takes a validation loss; returns whether to stop."""
+        if val_loss < self.lowest - self.min_delta:
+            self.lowest, self.counter = val_loss, 0
+        else:
+            self.counter += 1
+        return self.counter >= self.patience
+
+
 def random_batch(tokens_N: Tensor, config: TrainConfig, generator: torch.Generator) -> Batch:
     """Uniform random windows, with replacement; targets are the inputs shifted by one."""
     block_size = config.model.block_size
@@ -160,6 +176,7 @@ def main() -> None:
 
     per_epoch = len(chunks(train_N, config.model.block_size)) // config.batch_size
     width, begun = len(str(config.steps - 1)), time.perf_counter()
+    stopping, best = EarlyStopping(config.patience, config.min_delta), (math.inf, {})
     steps = range(start, config.steps)
     for step, loss in train(model, optimizer, config, lambda _: next(batches), steps, end_of_text=end_of_text):
         if loss != loss or loss in (float("inf"), -float("inf")):
@@ -177,6 +194,12 @@ def main() -> None:
                     f"val_ppl {math.exp(val_loss):.1f}",
                     flush=True,
                 )
+            if config.patience and val_loss < best[0]:
+                best = val_loss, {name: p.detach().clone() for name, p in model.state_dict().items()}
+            if config.patience and stopping.step(val_loss):
+                print(f"stopped early after {step + 1} steps; the result is the best, {best[0]:.4f}")
+                model.load_state_dict(best[1])
+                break
     loss, count = whole_split_loss(model, val_N, config.batch_size, end_of_text)
     print(f"whole validation split ({count:,} tokens): loss {loss:.4f}  ({time.perf_counter() - begun:.0f} s)")
     sampling = SamplingConfig(config.sample_tokens, config.sample_temperature, config.sample_top_k, seed=config.seed)
@@ -189,11 +212,14 @@ def main() -> None:
 def _checked(flags: ReferenceFlags) -> TrainConfig:
     """The configuration. Raises `UserError` for flags that mean nothing here, and files that cannot be."""
     config, preset = config_of(flags), PRESETS[flags.preset]
-    for name in ("parallel", "checkpoint_every", "keep_checkpoints"):
+    unknown = "parallel checkpoint_every keep_checkpoints diagnose_every attention_every sample_every"
+    for name in unknown.split():
         if getattr(config, name) != getattr(preset, name):
-            raise UserError(f"{flag(name)}: the reference has one device and no checkpoints; leave it out")
+            raise UserError(f"{flag(name)}: the reference has one device and keeps no records; leave it out")
     if flags.optimizer_state and not flags.weights:
         raise UserError(f"--optimizer-state {flags.optimizer_state}: belongs to weights; give --weights as well")
+    if flags.patience and flags.optimizer_state_out:
+        raise UserError("--optimizer-state-out: not kept for the best weights of --patience; leave one out")
     files = {"--out": flags.out, "--optimizer-state-out": flags.optimizer_state_out}
     tensor_files.require_new(files, flags.overwrite)
     return dataclasses.replace(config, dtype="float32" if config.dtype == "auto" else config.dtype)

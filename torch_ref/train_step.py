@@ -12,7 +12,7 @@ from torch_ref.model import GPT, mean_loss
 
 
 def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups, with and without decay. The learning rate is set before each update."""
+    """AdamW, Adam or SGD over two groups, with and without decay. The learning rate is set before each update."""
 
     def decays(name: str, p: Tensor) -> bool:
         return config.decay_mask == "all" or (p.ndim >= 2 and "ln" not in name.split(".")[-2])
@@ -23,8 +23,9 @@ def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.optimizer != "sgd":
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
@@ -84,8 +85,17 @@ def apply(
     return loss.item()
 
 
-# torch names the state of AdamW and SGD so; files name it <state>.<parameter>, and "step" once for all.
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+def gradient_report(model: GPT) -> dict[str, tuple[float, float]]:
+    """Of every tensor, after a way back, mean |g| and the standard deviation of g: healthy is neither 0 nor huge."""
+    return {name: (p.grad.abs().mean().item(), p.grad.std().item()) for name, p in model.named_parameters()}
+
+
+# torch names the state so; files name it <state>.<parameter>, and "step" once for all.
+STATES = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
 
 
 def optimizer_tensors(
@@ -107,10 +117,10 @@ def load_optimizer_tensors(
     step = int(tensors["step"].item())
     for name, p in model.named_parameters():
         optimizer.state[p] = {state: tensors[f"{state}.{name}"].clone() for state in _states(config)}
-        if config.optimizer == "adamw":
+        if config.optimizer != "sgd":
             optimizer.state[p]["step"] = torch.tensor(float(step))
     return step
 
 
 def _states(config: TrainConfig) -> tuple[str, ...]:
-    return STATES[config.optimizer] if config.optimizer == "adamw" or config.momentum else ()
+    return STATES[config.optimizer] if config.optimizer != "sgd" or config.momentum else ()

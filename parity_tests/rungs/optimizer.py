@@ -30,7 +30,7 @@ CORE = ("b2 0.999, decay matrices", "clip 1", "warm-up and cosine", "SGD, moment
 
 
 def configurations() -> dict[str, TrainConfig]:
-    """AdamW with every combination of second moment, decay and clip; the schedules and SGD beside it."""
+    """AdamW with every combination of second moment, decay and clip; the schedules, Adam and SGD beside it."""
     base = TrainConfig(model=TINY, steps=TIMES[-1])
     found = {
         f"b2 {beta2}, decay {mask}": dataclasses.replace(base, beta2=beta2, decay_mask=mask, weight_decay=0.1)
@@ -41,6 +41,8 @@ def configurations() -> dict[str, TrainConfig]:
     found["warm-up and cosine"] = dataclasses.replace(
         base, schedule="warmup-cosine", warmup_steps=200, decay_steps=900, min_lr=3e-5
     )
+    found["Adam, decay in the gradient"] = dataclasses.replace(base, optimizer="adam", weight_decay=0.01)
+    found["Adam"] = dataclasses.replace(base, optimizer="adam")
     found["SGD, momentum"] = dataclasses.replace(base, optimizer="sgd", momentum=0.9, weight_decay=0.01)
     found["SGD"] = dataclasses.replace(base, optimizer="sgd")
     return found

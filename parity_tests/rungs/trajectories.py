@@ -48,11 +48,15 @@ def cases(quick: bool) -> list[Case]:
     more = [
         small("cosine", steps=90, schedule="cosine", lr=3e-3),
         small("SGD, momentum", optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
+        small("Adam", optimizer="adam"),
         # Without decay: PyTorch's rounding of 1 - lr * decay would count as a difference of ours (docs/parity.md).
         small("tied head, clip", model=dataclasses.replace(SIZES, tied_head=True), clip=1.0, weight_decay=0.0),
     ]
     # The modern preset at the small sizes: its own take minutes in float64, and rung_model has them.
     presets = [case for case in sides.preset_cases() if case.name != "wikitext2"]
+    # The variants that the write-up adds to minigpt.
+    for name, changes in (("cosine", {"schedule": "cosine", "steps": STEPS}), ("clip 1", {"clip": 1.0})):
+        presets.append(sides.preset_case("minigpt", name, **changes))
     presets += [small("wikitext2, small", "wikitext2", dataclasses.replace(SIZES, dropout=0.1)), documents_case()]
     chosen = [modern] if quick else [modern, *more, *presets]
     return [dataclasses.replace(case, weights="documented") for case in chosen]

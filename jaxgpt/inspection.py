@@ -1,0 +1,147 @@
+"""Looking into a trained run: what `scripts/inspect.py` does."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from jaxgpt.cli import parse_flags
+from jaxgpt.errors import UserError
+
+DESCRIPTION = 'Look into a run: python scripts/inspect.py RUN --gradients | --attention "text" | --surprise "text"'
+
+
+@dataclass(frozen=True)
+class InspectFlags:
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of a language model's run."""
+    gradients: bool = False
+    """Mean |g|, standard deviation and update over weight of every tensor, on the run's next training batch."""
+    attention: str | None = None
+    """A text: the attention maps of every layer and head over it."""
+    surprise: str | None = None
+    """A text: the probability that the model gave each of its tokens."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """result: the last, or, of a run that stopped early, the best: the one with the lowest validation loss."""
+    out: Path | None = None
+    """The picture, a .png (default: gradients.png, attention.png or surprise.png in RUN/inspect)."""
+    data_dir: Path | None = None
+    """gradients: folder to look for datasets in first."""
+
+    def __post_init__(self):
+        modes = {"--gradients": self.gradients, "--attention": self.attention, "--surprise": self.surprise}
+        given = [name for name, value in modes.items() if value not in (None, False)]
+        if len(given) != 1:
+            told = f"{' and '.join(given)} given" if given else "nothing to look at"
+            raise UserError(f"{given[0] if given else 'RUN'}: {told}; give one of {', '.join(modes)}")
+        if self.out and self.out.suffix.lower() != ".png":
+            raise UserError(f"--out {self.out}: a picture is written as .png; name it so")
+        if self.out and not self.out.absolute().parent.is_dir():
+            raise UserError(f"--out {self.out}: its folder does not exist; make it, or choose another")
+        if self.data_dir and not self.gradients:
+            raise UserError("--data-dir: has an effect only with --gradients; leave it out")
+
+
+def main() -> None:
+    flags = parse_flags(InspectFlags, sys.argv[1:], DESCRIPTION)
+    look = _gradients if flags.gradients else _attention if flags.attention is not None else _surprise
+    from jaxgpt.trained import open_trained
+
+    look(flags, *open_trained(flags.run, flags.checkpoint))
+
+
+def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
+    from jaxgpt import diagnostics
+    from jaxgpt.batches import Order
+    from jaxgpt.loader import make_loader
+    from jaxgpt.trained import split_of
+
+    train_N = split_of(run, "train", flags.data_dir)
+    loader = make_loader(train_N, Order(run.config, len(train_N)), executor.put, "auto")
+    step = int(state.step)
+    flow = executor.compiled(partial(diagnostics.gradient_flow, executor.program))
+    found = diagnostics.flows(flow(state, loader.take(step, 1)), state.params)
+    loader.close()
+    from jaxgpt import diagrams
+
+    title = f"{_name(run)} after {step} steps: the gradient of the next batch"
+    picture = partial(diagrams.gradient_flow, title=title, flows=found)
+    print(diagnostics.table(found))
+    _draw(flags, run, "gradients", picture)
+
+
+def _attention(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
+    ids_T, tokens = _encoded(run, "--attention", flags.attention or "", 1)
+    from jaxgpt import diagnostics, diagrams
+
+    maps_LHTS = diagnostics.attention_maps(executor.program, state.params, ids_T)
+    n_layer, n_head = maps_LHTS.shape[:2]
+    print(f"{len(tokens)} tokens, {n_layer} layers of {n_head} heads")
+    title = f"{_name(run)} after {int(state.step)} steps: who attends to whom"
+    _draw(flags, run, "attention", partial(diagrams.attention_maps, title=title, maps_LHTS=maps_LHTS, tokens=tokens))
+
+
+def _surprise(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
+    ids_T, tokens = _encoded(run, "--surprise", flags.surprise or "", 2)
+    from rich.console import Console
+    from rich.text import Text
+
+    from jaxgpt import diagnostics, diagrams
+    from jaxgpt.tokenizer import visible
+
+    found = diagnostics.surprise(executor.program, state.params, ids_T)
+    console, text = Console(highlight=False), Text(tokens[0], style="black on grey85", end="")
+    for token, probability in zip(tokens[1:], found.probability_T, strict=True):
+        text.append(token, style=f"black on {diagrams.token_colour(float(probability))}")
+        if token.endswith("\u21b5"):
+            text.append("\n")
+    console.print(text, soft_wrap=True)
+    console.print()
+    with np.errstate(divide="ignore"):
+        loss_T = -np.log(found.probability_T)
+    loss = float(np.mean(loss_T))
+    print(f"{len(loss_T)} tokens foretold: loss {loss:.4f}, perplexity {np.exp(loss):.2f}; the greatest surprises:")
+    for i in np.argsort(-loss_T, kind="stable")[:5]:
+        instead = ", ".join(
+            f"{visible(run.tokenizer, int(token))} {share:.1%}"
+            for token, share in zip(found.likeliest_TK[i], found.likeliest_probability_TK[i], strict=True)
+        )
+        share, before = f"{found.probability_T[i]:.2%}", "".join(tokens[max(0, i - 11) : i + 1])
+        print(f"  token {i + 1}  {tokens[i + 1]}  {share}  after {before}  ({instead})")
+    title = f"{_name(run)} after {int(state.step)} steps: loss {loss:.3f}, perplexity {np.exp(loss):.1f}"
+    _draw(flags, run, "surprise", partial(diagrams.surprise, title=title, tokens=tokens, found=found))
+
+
+def _encoded(run: Any, flag: str, text: str, at_least: int) -> tuple[np.ndarray, list[str]]:
+    """The ids of a text, and each as it can be seen. Raises `UserError` for one that the run cannot read at once."""
+    from jaxgpt.tokenizer import visible
+
+    try:
+        ids_T = run.tokenizer.encode(text)
+    except UserError as e:
+        raise UserError(f"{flag}: {e}") from None
+    block_size = run.config.model.block_size
+    if len(ids_T) < at_least:
+        raise UserError(f"{flag} {text!r}: of {len(ids_T)} tokens; give a text of at least {at_least}")
+    if len(ids_T) > block_size:
+        raise UserError(f"{flag}: a text of {len(ids_T)} tokens, and the run's block is {block_size}; shorten it")
+    return ids_T, [visible(run.tokenizer, int(i)) for i in ids_T]
+
+
+def _name(run: Any) -> str:
+    return f"{run.config.preset} on {run.config.dataset.rsplit('/')[-1]}"
+
+
+def _draw(flags: InspectFlags, run: Any, kind: str, picture: Any) -> None:
+    path = flags.out or run.path / "inspect" / f"{kind}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        picture(path)
+    except OSError as e:
+        named = f"--out {path}" if flags.out else f"RUN {run.path}"
+        raise UserError(f"{named}: the picture cannot be written ({e.strerror}); give --out another place") from None
+    print(f"picture: {path}")
