@@ -31,6 +31,8 @@ class TrainFlags(TrainConfig):
     """Folder to look for datasets in first."""
     overwrite: bool = False
     """Start again if --out-dir holds a run."""
+    summary: bool = False
+    """Print layers, shapes, parameters, FLOP per token and the memory that a step needs before training."""
     loader: Literal["auto", "device", "host"] = "auto"
     """Where the tokens are kept; the batches are the same. auto: on the device while they are few for its memory."""
 

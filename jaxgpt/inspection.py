@@ -111,7 +111,7 @@ def _surprise(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
             for token, share in zip(found.likeliest_TK[i], found.likeliest_probability_TK[i], strict=True)
         )
         share, before = f"{found.probability_T[i]:.2%}", "".join(tokens[max(0, i - 11) : i + 1])
-        print(f"  token {i + 1}  {tokens[i + 1]}  {share}  after {before}  ({instead})")
+        print(f"  token {i + 2}  {tokens[i + 1]}  {share}  after {before}  ({instead})")
     title = f"{_name(run)} after {int(state.step)} steps: loss {loss:.3f}, perplexity {np.exp(loss):.1f}"
     _draw(flags, run, "surprise", partial(diagrams.surprise, title=title, tokens=tokens, found=found))
 

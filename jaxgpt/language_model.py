@@ -20,6 +20,7 @@ from jaxgpt.generate import generate
 from jaxgpt.loader import make_loader
 from jaxgpt.loss import mean_of_batches, perplexity
 from jaxgpt.run_folder import RunFolder
+from jaxgpt.summary import summary
 from jaxgpt.tokenizer import decode, visible
 from jaxgpt.tokens import Data, prepare, sample_prompt
 from jaxgpt.train_step import Program, TrainState
@@ -38,6 +39,7 @@ def train(
     started: float,
     data_dir: Path | None = None,
     loader: str = "auto",
+    summarise: bool = False,
 ) -> int:
     """Trains a run to its end, or goes on with the one in `out_dir`.
 
@@ -46,6 +48,7 @@ def train(
         started: `time.perf_counter()` at the command's start, for the time to the first step.
         data_dir: a folder to look for GPT-2's vocabulary in first.
         loader: where the tokens are kept: auto, device or host.
+        summarise: say first what is trained, and what it costs.
 
     Returns:
         The command's exit code: 0, or 128 + the signal that stopped the run.
@@ -73,14 +76,14 @@ def train(
         f"--parallel {config.parallel}"
     )
     display.line(f"run folder: {run.path}")
-    return run_training(
-        run,
-        executor,
-        lambda: LanguageModel(run, executor, data, prompt, loader, display.line),
-        executor.init_state,
-        display,
-        started,
-    )
+
+    def task() -> LanguageModel:
+        made = LanguageModel(run, executor, data, prompt, loader, display.line)
+        if summarise:
+            display.line(summary(executor, made.loader.take(0, 1)))
+        return made
+
+    return run_training(run, executor, task, executor.init_state, display, started)
 
 
 class LanguageModel:

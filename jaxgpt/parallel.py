@@ -7,6 +7,7 @@ program serves every dispatch.
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,6 +127,18 @@ class Executor:
         """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""
         state, metrics_K2 = self._updates(state, feed, jnp.int32(n_steps))
         return state, np.asarray(metrics_K2)[:n_steps]
+
+    def memory(self, feed: Feed) -> dict[str, int]:
+        """What the compiler plans for `updates` on each device, in bytes; compiles it anew."""
+        state = self.abstract_state()
+        program = _jit(self.program.updates, self.mesh, donate=True)  # under pmap each device has the same
+        plan = program.lower(state, feed, jnp.int32(0)).compile().memory_analysis()
+
+        def size(tree: Any) -> int:
+            return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+        kept = {"weights": size(state.params), "optimiser state": size(state.opt_state), "tokens": size(feed)}
+        return {**kept, "activations and gradients": plan.temp_size_in_bytes}
 
     def evaluate(self, params: Any, scored: Iterable[tuple]) -> np.ndarray:
         """Of each batch what `Program.evaluate` sums up, in float64: [J, 2], the loss and the number of targets."""

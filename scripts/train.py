@@ -23,7 +23,8 @@ def main() -> int:
     from jaxgpt.language_model import train
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
-    return train(config, corpus, flags.out_dir, flags.overwrite, display, STARTED, flags.data_dir, flags.loader)
+    rest = (display, STARTED, flags.data_dir, flags.loader, flags.summary)
+    return train(config, corpus, flags.out_dir, flags.overwrite, *rest)
 
 
 if __name__ == "__main__":

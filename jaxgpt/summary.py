@@ -1,0 +1,86 @@
+"""What is about to be trained: layers, shapes, parameters, FLOP and memory."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxgpt.batches import Feed
+from jaxgpt.config import ModelConfig
+from jaxgpt.diagnostics import in_order
+from jaxgpt.parallel import Executor
+
+
+def flop_per_token(n_counted: int, model: ModelConfig) -> dict[str, int]:
+    """FLOP of forward and backward for a token, in the two usual counts.
+
+    "F12": 6 N + 12 L T C, nanoGPT's count (PaLM, appendix B); "F6": 6 N + 6 L T C, with the causal half of attention.
+
+    Args:
+        n_counted: N, the parameters without the tables that are only looked up.
+    """
+    attention = model.n_layer * model.block_size * model.n_embd
+    return {"F12": 6 * n_counted + 12 * attention, "F6": 6 * n_counted + 6 * attention}
+
+
+def looked_up(model: ModelConfig) -> tuple[str, ...]:
+    """The parameters that are tables alone: a tied head multiplies by the token embedding too."""
+    return ("pos_emb.embedding",) if model.tied_head else ("pos_emb.embedding", "token_emb.embedding")
+
+
+def summary(executor: Executor, feed: Feed) -> str:
+    """A table of the layers, and what a step costs; compiles the step to ask how much memory it needs."""
+    config = executor.program.config
+    model, batch_size = config.model, config.batch_size
+    params = executor.abstract_state().params
+    rows = [("layer", "output", "parameters")]
+    for layer, shapes in _layers(params).items():
+        if layer.startswith("blocks.") and not layer.startswith("blocks.0."):
+            continue
+        output = (
+            f"{batch_size} x {model.block_size} x {shapes[-1][-1]}"  # parameters end in the output's width
+        )
+        rows.append((layer, output, f"{sum(map(math.prod, shapes)):>13,}  {' + '.join(map(_shape, shapes))}"))
+        if layer == "blocks.0.mlp.proj" and model.n_layer > 1:
+            each = sum(math.prod(p.shape) for name, p in params.items() if name.startswith("blocks.0."))
+            same = "blocks.1" if model.n_layer == 2 else f"blocks.1 to blocks.{model.n_layer - 1}"
+            rows.append((same, "as blocks.0", f"{each:>13,}  each"))
+    if model.tied_head:
+        rows.append(("head", f"{batch_size} x {model.block_size} x {executor.program.vocab_size}", f"{'tied':>13}"))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+    total = sum(math.prod(p.shape) for p in params.values())
+    counted = total - sum(math.prod(params[name].shape) for name in looked_up(model))
+    flop = flop_per_token(counted, model)
+    tokens = batch_size * model.block_size
+    memory = executor.memory(feed)
+    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items())
+    return "\n".join(
+        [
+            *table,
+            f"{total:,} parameters, {counted:,} of them multiplied by (N)",
+            f"{flop['F12']:,} FLOP per token (6 N + 12 L T C), {flop['F6']:,} with attention's causal half alone; "
+            f"a step of {tokens:,} tokens: {flop['F12'] * tokens / 1e9:,.1f} GFLOP",
+            f"memory on each device as the compiler plans it: {_bytes(sum(memory.values()))} ({parts}), beside what "
+            "Python and JAX themselves take",
+        ]
+    )
+
+
+def _layers(params: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of each layer's parameters, from the embeddings up."""
+    layers: dict[str, list[tuple[int, ...]]] = {}
+    for name in in_order(params):
+        layers.setdefault(name.rsplit(".", 1)[0], []).append(tuple(params[name].shape))
+    return layers
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.3g} {unit}" if unit != "B" else f"{n} B"
+        n /= 1000
+    raise AssertionError
