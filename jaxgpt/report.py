@@ -54,6 +54,50 @@ def learning_curves(
     save_figure(figure, path)
 
 
+def comparison_curves(
+    path: Path,
+    title: str,
+    runs: Sequence[tuple[str, list[tuple[int, float, float, float]], list[dict[str, Any]]]],
+) -> None:
+    """Draws the train losses of several runs, and their validation losses, over the updates done.
+
+    Losses far above those at the start, as of a run that diverged, leave the picture: they would press all others flat.
+
+    Args:
+        path: the PNG to write.
+        runs: of each its label, (step, train loss, ...) of every update, and the lines of metrics.jsonl.
+    """
+    n_columns = max(1, min(4, 110 // (8 + max(len(label) for label, _, _ in runs))))
+    size = (11, 4.4 + 0.21 * math.ceil(len(runs) / n_columns))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+    colours = plt.get_cmap("tab10").colors if len(runs) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(runs)))
+    span = max(1, min(50, max(len(steps) for _, steps, _ in runs) // 10))
+    shown: list[float] = []
+    for colour, (label, steps, reports) in zip(colours, runs, strict=False):
+        loss = [row[1] for row in steps]
+        mean = _running_mean(loss, span) if len(loss) >= span else loss
+        at = [step + 1 for step, *_ in steps][len(loss) - len(mean) :]
+        left.plot(at, mean, color=colour, linewidth=1.2, label=label)
+        val_loss = [report["val_loss"] for report in reports]
+        at = [report["step"] + 1 for report in reports]
+        right.plot(at, val_loss, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+        shown += mean + val_loss
+    if shown:
+        top = min(max(shown), 1.1 * max(steps[0][1] for _, steps, _ in runs if steps))
+        margin = 0.04 * (top - min(shown)) or 1.0
+        left.set_ylim(min(shown) - margin, top + margin)
+    left.set(xlabel="updates", ylabel="cross-entropy, nats")
+    left.set_title("train" if span == 1 else f"train, mean of {span} batches", fontsize="medium")
+    right.set(xlabel="updates", ylabel="cross-entropy, nats")
+    right.set_title("validation", fontsize="medium")
+    right.yaxis.set_tick_params(labelleft=True)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=n_columns, frameon=False)
+    _save(figure, path)
+
+
 def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: Sequence[str], accuracy: float) -> None:
     """Draws how many texts of each class were taken for which; the colour is the share of the row.
 
