@@ -96,7 +96,7 @@ def compare(args: list[str], description: str, train_command: list[str]) -> int:
         return _stopped(out, variants, outcomes, dataset, code)
     told = table(rows, variants)
     write_text(out / "comparison.md", told)
-    _draw(out, rows, outcomes, f"{', '.join(variants[0].fields)}: {flags.preset} on {dataset.rsplit('/')[-1]}")
+    _draw(out, rows, outcomes, _title(variants, dataset))
     print(f"\n{told}\nall in {out}", flush=True)
     if codes:
         return codes[0]
@@ -275,13 +275,19 @@ def _number(row: dict[str, Any], name: str, form: str) -> str:
     return format(row[name], form) if name in row else ""
 
 
+def _title(variants: list[Variant], dataset: str) -> str:
+    fields, text = variants[0].fields, dataset.rsplit("/")[-1]
+    trained = text if "preset" in fields else f"{variants[0].flags.preset} on {text}"
+    return f"{trained}, compared by {', '.join(flag(name)[2:] for name in fields)}"
+
+
 def _draw(out: Path, rows: list[dict[str, Any]], outcomes: dict[str, Outcome], title: str) -> None:
     from jaxgpt.report import comparison_curves  # imports matplotlib
 
     curves = []
     for row in rows:
         outcome = outcomes[row["label"]]
-        label = row["label"] if outcome.status == "finished" else f"{row['label']}: {outcome}"
+        label = row["label"].replace(",", ", ") + ("" if outcome.status == "finished" else f": {outcome}")
         run = _run_of(out, outcome, row["label"])
         curves.append((label, run.read_steps() if run else [], run.read_metrics() if run else []))
     comparison_curves(out / "comparison.png", title, curves)

@@ -69,7 +69,7 @@ def comparison_curves(
     """
     n_columns = max(1, min(4, 110 // (8 + max(len(label) for label, _, _ in runs))))
     size = (11, 4.4 + 0.21 * math.ceil(len(runs) / n_columns))
-    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True, layout="constrained")
     figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
     colours = plt.get_cmap("tab10").colors if len(runs) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(runs)))
     span = max(1, min(50, max(len(steps) for _, steps, _ in runs) // 10))
@@ -78,10 +78,10 @@ def comparison_curves(
         loss = [row[1] for row in steps]
         mean = _running_mean(loss, span) if len(loss) >= span else loss
         at = [step + 1 for step, *_ in steps][len(loss) - len(mean) :]
-        left.plot(at, mean, color=colour, linewidth=1.2, label=label)
+        left.plot(at, mean, color=colour, linewidth=1.2, marker="o" if len(mean) == 1 else None, markersize=3.5)
         val_loss = [report["val_loss"] for report in reports]
         at = [report["step"] + 1 for report in reports]
-        right.plot(at, val_loss, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+        right.plot(at, val_loss, color=colour, linewidth=1.2, marker="o", markersize=3.5, label=label)
         shown += mean + val_loss
     if shown:
         top = min(max(shown), 1.1 * max(steps[0][1] for _, steps, _ in runs if steps))
