@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, SMALL, read_state
 
-from jaxgpt import variants
+from jaxgpt import comparison, variants
 from jaxgpt.config import TrainConfig
 
 
@@ -158,3 +158,14 @@ def test_combinations_of_any_fields():
     assert {(v.config.steps, v.config.model.block_size) for v in found} == {(500, 64), (5000, 128)}
     assert found[0].config.weight_decay is None and not found[0].config.model.tied_head
     assert isinstance(last.config, TrainConfig)
+
+
+def test_tokenizers_are_ranked_by_bits_per_byte():
+    """A loss per token is lower where tokens are shorter."""
+    found = variants.parse(["--tokenizer=byte,bpe:300"], "")
+    assert comparison.ranked_by(found) == "val_bits_per_byte"
+    rows = [{"label": v.label, "status": "finished", "val_loss": 2.0, "val_bits_per_byte": 2.5} for v in found]
+    head, _, first, second = comparison.table(rows, found).splitlines()
+    assert head.startswith("| tokenizer | bits per byte | val loss") and "| byte      |        2.5000 |" in first
+    assert second.startswith("| bpe:300 ")
+    assert comparison.ranked_by(variants.parse(["--tokenizer=byte", "--seed=1,2"], "")) == "val_loss"
