@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import flag
+from jaxgpt.checks import flag
 from jaxgpt.errors import UserError
 from jaxgpt.run_folder import RunFolder, open_run, recorded_choice, write_json, write_text
 from jaxgpt.variants import Variant, parse

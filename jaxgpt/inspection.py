@@ -10,9 +10,12 @@ import numpy as np
 import tyro
 
 from jaxgpt.cli import parse_flags
+from jaxgpt.dot import require_place
 from jaxgpt.errors import UserError
 
-DESCRIPTION = 'Look into a run: python scripts/inspect.py RUN --gradients | --attention "text" | --surprise "text"'
+DESCRIPTION = (
+    "Look into a run: python scripts/inspect.py RUN --gradients | --attention TEXT | --surprise TEXT | --graph FILE"
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class InspectFlags:
     """A text: the attention maps of every layer and head over it."""
     surprise: str | None = None
     """A text: the probability that the model gave each of its tokens."""
+    graph: Path | None = None
+    """A .svg, .png or .dot: the computation graph from the loss back to the embeddings, with shapes. Pictures need
+    Graphviz' dot; without it the .dot is written."""
+    level: Literal["block", "op"] = "block"
+    """graph: a box for each layer, or for every operation, forward and backward (best as .svg)."""
     checkpoint: Literal["result", "last", "best"] = "result"
     """result: the last, or, of a run that stopped early, the best: the one with the lowest validation loss."""
     out: Path | None = None
@@ -33,25 +41,48 @@ class InspectFlags:
     """gradients: folder to look for datasets in first."""
 
     def __post_init__(self):
-        modes = {"--gradients": self.gradients, "--attention": self.attention, "--surprise": self.surprise}
+        modes = {f"--{name}": getattr(self, name) for name in ("gradients", "attention", "surprise", "graph")}
         given = [name for name, value in modes.items() if value not in (None, False)]
         if len(given) != 1:
             told = f"{' and '.join(given)} given" if given else "nothing to look at"
             raise UserError(f"{given[0] if given else 'RUN'}: {told}; give one of {', '.join(modes)}")
+        if self.graph:
+            require_place(self.graph)
+            _require(not self.out, "--out", "the graph is written to --graph's own file; leave it out")
+            _require(self.checkpoint == "result", "--checkpoint", "the graph is the same for all; leave it out")
+        else:
+            _require(self.level == "block", "--level", "has an effect only with --graph; leave it out")
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: a picture is written as .png; name it so")
         if self.out and not self.out.absolute().parent.is_dir():
             raise UserError(f"--out {self.out}: its folder does not exist; make it, or choose another")
-        if self.data_dir and not self.gradients:
-            raise UserError("--data-dir: has an effect only with --gradients; leave it out")
+        _require(not self.data_dir or self.gradients, "--data-dir", "has an effect only with --gradients; leave it out")
+
+
+def _require(ok: bool, name: str, remedy: str) -> None:
+    if not ok:
+        raise UserError(f"{name}: {remedy}")
 
 
 def main() -> None:
     flags = parse_flags(InspectFlags, sys.argv[1:], DESCRIPTION)
+    if flags.graph:
+        return _graph(flags, flags.graph)
     look = _gradients if flags.gradients else _attention if flags.attention is not None else _surprise
     from jaxgpt.trained import open_trained
 
     look(flags, *open_trained(flags.run, flags.checkpoint))
+
+
+def _graph(flags: InspectFlags, out: Path) -> None:
+    from jaxgpt.graph import write_graph
+    from jaxgpt.trained import program_of
+
+    run, program = program_of(flags.run)
+    path, line = write_graph(out, program, flags.level, _name(run))
+    if line:
+        print(line)
+    print(f"graph: {path}")
 
 
 def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
@@ -133,7 +164,8 @@ def _encoded(run: Any, flag: str, text: str, at_least: int) -> tuple[np.ndarray,
 
 
 def _name(run: Any) -> str:
-    return f"{run.config.preset} on {run.config.dataset.rsplit('/')[-1]}"
+    kind = "classifier" if run.labels else run.config.preset
+    return f"{kind} on {run.config.dataset.rsplit('/')[-1]}"
 
 
 def _draw(flags: InspectFlags, run: Any, kind: str, picture: Any) -> None:

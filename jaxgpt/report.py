@@ -95,7 +95,7 @@ def comparison_curves(
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=n_columns, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: Sequence[str], accuracy: float) -> None:

@@ -36,9 +36,7 @@ def summary(executor: Executor, feed: Feed) -> str:
     for layer, shapes in _layers(params).items():
         if layer.startswith("blocks.") and not layer.startswith("blocks.0."):
             continue
-        output = (
-            f"{batch_size} x {model.block_size} x {shapes[-1][-1]}"  # parameters end in the output's width
-        )
+        output = f"{batch_size} x {model.block_size} x {shapes[-1][-1]}"  # parameters end in the output's width
         rows.append((layer, output, f"{sum(map(math.prod, shapes)):>13,}  {' + '.join(map(_shape, shapes))}"))
         if layer == "blocks.0.mlp.proj" and model.n_layer > 1:
             each = sum(math.prod(p.shape) for name, p in params.items() if name.startswith("blocks.0."))

@@ -18,7 +18,6 @@ from jaxgpt.data_files import NotAvailable, cache_folder
 from jaxgpt.datasets import load_corpus
 from jaxgpt.errors import UserError
 from jaxgpt.loss import mean_of_batches
-from jaxgpt.model import Numerics
 from jaxgpt.parallel import Executor
 from jaxgpt.run_folder import RunFolder
 from jaxgpt.tokenizer import Tokenizer
@@ -38,23 +37,29 @@ def open_trained(path: Path, which: str) -> tuple[RunFolder, Executor, TrainStat
     Raises:
         UserError: no run there, or a run without a checkpoint, or a classifier's.
     """
-    run = run_folder.open_run(path)
+    run, program = program_of(path)
     if run.labels:
         raise UserError(f"RUN {path}: classifies texts; give it to scripts/classify.py, or a language model's run here")
-    tokenizer, numerics = run.tokenizer, _prepared(run)
-    return _restored(run, Program(run.config, tokenizer.vocab_size, numerics, tokenizer.end_of_text), which)
+    return _restored(run, program, which)
 
 
 def open_classifier(path: Path, which: str) -> tuple[RunFolder, Executor, TrainState]:
     """The same of a classifier's run. Raises `UserError` for a language model's."""
-    run = run_folder.open_run(path)
+    run, program = program_of(path)
     if not run.labels:
         raise UserError(f"RUN {path}: is a language model's; make a classifier of it with scripts/finetune.py RUN")
-    tokenizer, numerics = run.tokenizer, _prepared(run)
-    program = ClassifierProgram(
-        run.config, tokenizer.vocab_size, numerics, n_classes=len(run.labels), padding=padding(tokenizer)
-    )
     return _restored(run, program, which)
+
+
+def program_of(path: Path) -> tuple[RunFolder, Program]:
+    """A run and its program, of a language model or a classifier. Raises `UserError` if there is no run."""
+    run = run_folder.open_run(path)
+    parallel.prepare(run.config, cache_folder() / "xla")
+    tokenizer, numerics = run.tokenizer, parallel.numerics(run.config)
+    if not run.labels:
+        return run, Program(run.config, tokenizer.vocab_size, numerics, tokenizer.end_of_text)
+    classes = dict(n_classes=len(run.labels), padding=padding(tokenizer))
+    return run, ClassifierProgram(run.config, tokenizer.vocab_size, numerics, **classes)
 
 
 def classify(run: RunFolder, executor: Executor, state: TrainState, texts: list[str]) -> np.ndarray:
@@ -74,11 +79,6 @@ def classify(run: RunFolder, executor: Executor, state: TrainState, texts: list[
     labels = np.zeros(len(texts), np.int32)
     found = [probabilities(state.params, idx_BT) for idx_BT, _ in in_batches(idx_NT, labels, batch_size)]
     return np.concatenate([np.asarray(p_BK) for p_BK in found])[: len(texts)]
-
-
-def _prepared(run: RunFolder) -> Numerics:
-    parallel.prepare(run.config, cache_folder() / "xla")
-    return parallel.numerics(run.config)
 
 
 def _restored(run: RunFolder, program: Program, which: str) -> tuple[RunFolder, Executor, TrainState]:

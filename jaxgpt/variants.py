@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.checks import flag
 from jaxgpt.cli import TrainFlags, config_of, parse_train_flags
-from jaxgpt.config import ModelConfig, TrainConfig, flag
+from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import UserError
 
 MAX_RUNS = 64

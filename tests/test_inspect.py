@@ -78,6 +78,22 @@ def test_surprise(command, trained, text, tmp_path):
     assert told[3].split()[:3] == ["token", "8", "\U0001f600"]
 
 
+def test_graph(command, trained, tmp_path):
+    """Without Graphviz its text is written, and that is said; block by block and every operation."""
+    sizes = {}
+    for level in ("block", "op"):
+        told = lines(
+            command("inspect.py", trained, "--graph", tmp_path / "g.svg", "--level", level, PATH=str(tmp_path))
+        )
+        assert "Graphviz is not installed" in told[0] and told[1] == f"graph: {tmp_path / 'g.dot'}"
+        dot = (tmp_path / "g.dot").read_text()
+        assert "attn.Wq" in dot and "->" in dot and dot.startswith("digraph")
+        sizes[level] = dot.count("->")
+        (tmp_path / "g.dot").unlink()
+    assert 10 < sizes["block"] < sizes["op"] / 4
+    assert not list(tmp_path.iterdir())
+
+
 def test_surprise_is_the_loss(trained, text):
     """Over a text, the mean of -log of what it prints is the loss of the model."""
     from jaxgpt.trained import open_trained
@@ -107,6 +123,11 @@ def test_surprise_is_the_loss(trained, text):
         (["--attention", "la", "--out", "no/such/maps.png"], ["--out no/such/maps.png", "does not exist"]),
         (["--attention", "la", "--data-dir", "x"], ["--data-dir", "--gradients"]),
         (["--gradients", "--checkpoint", "first"], ["--checkpoint"]),
+        (["--gradients", "--level", "op"], ["--level", "--graph"]),
+        (["--graph", "g.dot", "--out", "g.png"], ["--out", "--graph"]),
+        (["--graph", "g.dot", "--checkpoint", "best"], ["--checkpoint"]),
+        (["--graph", "g.pdf"], ["--graph g.pdf", ".svg"]),
+        (["--graph", "no/such/g.svg"], ["--graph no/such/g.svg", "no such folder"]),
     ],
 )
 def test_bad_input(command, trained, tmp_path, flags, parts):
