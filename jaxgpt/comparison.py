@@ -220,13 +220,18 @@ def _row(out: Path, variant: Variant, outcome: Outcome) -> dict[str, Any]:
         return row
     row["steps"] = len(run.read_steps())
     if reports := run.read_metrics():
-        best = min(reports, key=lambda report: report["val_loss"])
+        best = best_report(reports)
         row |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
     if outcome.status == "finished":
         summary = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
         names = ("val_loss", "val_ppl", "val_bits_per_byte", "params", "tokens_per_s", "wall_s")
         row |= {name: summary[name] for name in names}
     return row
+
+
+def best_report(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first report with the lowest validation loss."""
+    return min(reports, key=lambda report: report["val_loss"])
 
 
 def _run_of(out: Path, outcome: Outcome, label: str) -> RunFolder | None:

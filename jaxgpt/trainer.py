@@ -341,8 +341,10 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        before[number] = signal.signal(number, handle)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number != hangup or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            before[number] = signal.signal(number, handle)
     try:
         yield received
     finally:

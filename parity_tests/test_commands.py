@@ -143,3 +143,19 @@ def test_the_page_is_what_the_command_writes():
     for mutants in kept["mutants"].values():
         assert len(mutants["lines"]) >= 25 and all(line[2] != "SURVIVES" for line in mutants["lines"])
     assert set(kept["end_to_end"]) <= set(PRESETS) and len(RUNGS) > 20
+
+
+def test_the_reference_stops_early(text_file, tmp_path):
+    """At the report that its losses say, and ends with the best weights."""
+    flags = ("--dataset", f"file:{text_file}", *SMALL, "--steps=200", "--lr=0.3", "--eval-every=5", "--patience=2")
+    done = run("-m", "torch_ref.train", *flags, "--out", tmp_path / "w.safetensors")
+    assert done.returncode == 0, done.stderr
+    *reports, told, whole = [line for line in done.stdout.splitlines() if "val" in line or "stopped" in line]
+    losses = [float(line.split("val ")[1]) for line in reports]
+    n = len(losses)
+    assert n < 41 and min(losses[:-2]) <= min(losses[-2:]) and losses[-3] == min(losses[:-2])
+    assert told.startswith(f"stopped early after {5 * (n - 1) + 1} steps")
+    assert abs(float(told.rsplit(" ", 1)[1]) - losses[-3]) <= 5.1e-4  # one has three decimals, one four
+    assert (tmp_path / "w.safetensors").exists()
+    done = run("-m", "torch_ref.train", *flags, "--optimizer-state-out", tmp_path / "o.safetensors")
+    assert done.returncode == 2 and "--optimizer-state-out" in done.stderr

@@ -156,6 +156,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("attention maps", "float64"): Tolerance(1e-13, 2.1e-15, "largest difference; values up to 1, " + _SUMS_64),
     ("surprise", "float64"): Tolerance(1e-13, 3.1e-16, "largest difference; values up to 1, " + _SUMS_64),
     ("surprise, likeliest tokens that differ", "float64"): Tolerance(0.0, 0.0, _COUNT),
+    ("comparison, best steps that differ", "float64"): Tolerance(0.0, 0.0, _COUNT),
     ("early stopping, stops that differ", "float64"): Tolerance(0.0, 0.0, _COUNT),
     ("GPT-2 logits", "float64"): Tolerance(1e-12, 3.6e-15, "as the logits"),
     ("GPT-2 logits", "float32"): Tolerance(1.5, 0.82, _R_VALUES),

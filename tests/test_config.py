@@ -61,6 +61,13 @@ def test_wikitext2_is_as_documented():
         (lambda: TrainConfig(warmup_steps=10), "--warmup-steps 10", "--schedule warmup-cosine"),
         (lambda: TrainConfig(min_lr=1e-5), "--min-lr 1e-05", "--schedule cosine"),
         (lambda: TrainConfig(momentum=0.9), "--momentum 0.9", "--optimizer sgd"),
+        (lambda: TrainConfig(patience=-1), "--patience -1", "at least 0"),
+        (lambda: TrainConfig(min_delta=0.1), "--min-delta 0.1", "--patience"),
+        (lambda: TrainConfig(patience=1, min_delta=float("nan")), "--min-delta nan", "0 or a positive"),
+        (lambda: TrainConfig(diagnose_every=-5), "--diagnose-every -5", "at least 0"),
+        (lambda: TrainConfig(attention_every=-5), "--attention-every -5", "at least 0"),
+        (lambda: TrainConfig(sample_every=-5), "--sample-every -5", "at least 0"),
+        (lambda: TrainConfig(momentum=0.9, optimizer="adam"), "--momentum 0.9", "--optimizer sgd"),
         (lambda: TrainConfig(steps=10**8, schedule="cosine"), "--steps 100000000", "at most"),
         (lambda: TrainConfig(seed=-1), "--seed -1", "from 0"),
         (lambda: TrainConfig(prompt=""), "--prompt", "at least one character"),
@@ -79,7 +86,7 @@ def test_bad_values_name_flag_and_remedy(build, flag, remedy):
 
 
 def test_weight_decay_defaults_to_that_of_torch():
-    assert [TrainConfig(optimizer=name).decay for name in ("adamw", "sgd")] == [0.01, 0.0]
+    assert [TrainConfig(optimizer=name).decay for name in ("adamw", "adam", "sgd")] == [0.01, 0.0, 0.0]
     assert TrainConfig(optimizer="sgd", weight_decay=0.5).decay == 0.5
 
 

@@ -74,6 +74,14 @@ def test_sgd_adds_decay_to_the_gradient_as_torch_does():
     assert updates["ln_f.bias"] == pytest.approx(-0.1 * 2.0, rel=1e-6)
 
 
+def test_adam_adds_decay_to_the_gradient_as_torch_does():
+    """Adam's first step is the rate whatever the gradient's size: a decay shows only in where the gradient is 0."""
+    tx = make_optimizer(TrainConfig(optimizer="adam", lr=0.1, weight_decay=0.5, decay_mask="matrices"))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    assert float(updates["blocks.0.attn.Wq.kernel"].ravel()[0]) == pytest.approx(-0.1, rel=1e-5)
+    assert float(updates["ln_f.bias"][0]) == 0
+
+
 def test_clip_scales_the_whole_gradient_to_the_limit():
     n = sum(p.size for p in PARAMS.values())
     updates = first_update(optimizer="sgd", clip=1.0)

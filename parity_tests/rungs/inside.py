@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxgpt import diagnostics, trainer
+from jaxgpt import comparison, diagnostics, trainer
 from jaxgpt.config import ModelConfig
 from jaxgpt.convert import to_torch
 from parity_tests import sides
@@ -108,7 +108,7 @@ def rung_maps(quick: bool) -> Iterator[Row]:
 
 
 def rung_early_stopping(quick: bool) -> Iterator[Row]:
-    """After which report each side stops, for losses that fall, rise, stay, and wander."""
+    """After which report each side stops, for losses that fall, rise, stay, and wander; and which is the best."""
     draw = np.random.default_rng(0)
     for patience, min_delta in ((1, 0.0), (3, 0.0), (3, 0.05), (5, 0.01)):
         different = 0
@@ -124,3 +124,8 @@ def rung_early_stopping(quick: bool) -> Iterator[Row]:
         assert len(stops) > 3, "losses that tell nothing"
         case = f"patience {patience}, min_delta {min_delta:g}"
         yield Row("early stopping, stops that differ", "float64", case, float(different))
+    losses = draw.normal(4, 0.1, (20 if quick else 200, 60))
+    theirs = torch.from_numpy(losses).argmin(1).tolist()
+    found = [comparison.best_report([{"step": i, "val_loss": v} for i, v in enumerate(row)]) for row in losses.tolist()]
+    different = sum(report["step"] != i for report, i in zip(found, theirs, strict=True))
+    yield Row("comparison, best steps that differ", "float64", "random losses", float(different))
