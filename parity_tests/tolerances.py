@@ -66,7 +66,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
         1e-12, 9.7e-15, "its true value is 0: rounding, against the gradient of the query's bias"
     ),
     ("key bias gradient", "float32"): Tolerance(2e-5, 3.5e-06, "the same at 6e-8"),
-    ("optimizer", "float64"): Tolerance(1e-14, 8.8e-16, "elementwise: a dozen roundings of 1e-16 a step"),
+    ("optimizer", "float64"): Tolerance(1e-14, 2e-15, "elementwise: a dozen roundings of 1e-16 a step"),
     ("optimizer, after 1000 decays", "float64"): Tolerance(
         1e-13,
         3.2e-14,
