@@ -327,13 +327,18 @@ class SamplingConfig:
     """Only the most likely tokens that together reach this probability (1 = all)."""
     seed: int = 1337
     """The same seed gives the same text."""
+    samples: int = 1
+    """Continuations of the prompt; the seed of each is one more than of the one before."""
 
     def __post_init__(self):
-        require_at_least(1, self, "max_new_tokens")
+        require_at_least(1, self, "max_new_tokens", "samples")
+        require_at_most(1000, self, "samples")
         require_at_least(0, self, "top_k")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
         require_seed(self.seed)
+        last = self.seed + self.samples - 1
+        require(last < 2**31, "samples", self.samples, f"its last seed would be {last}; lower it, or --seed")
 
 
 def to_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:

@@ -209,8 +209,8 @@ def measure(preset: str, flags: argparse.Namespace, python: Path, torch_here: bo
             for row in rows:
                 machine |= row.pop("machine")
             rows.insert(0, row_of(ours, config))
-            for name in ("product", "generate"):
-                rows[0][name] = ours.ask(f"probe {name}")
+            rows[0]["product"] = ours.ask("probe product")
+            rows[0]["generate"], rows[0]["generate_batch"] = (ours.ask(f"probe generate {n}") for n in (1, 32))
         rows[0]["first_step_warm_s"], rows[0]["first_step_s"] = rows[0]["first_step_s"], cold_s
     return {"preset": preset, "machine": machine, "vocab_size": vocab_size, **about(config, vocab_size), "rows": rows}
 

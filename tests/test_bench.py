@@ -37,7 +37,10 @@ def test_sides_take_turns_and_their_losses_are_compared(command, tmp_path):
         assert row["tokens_s"] == pytest.approx(2 * 64 / row["ms_per_step"] * 1e3)
         assert side == "ours" or 0 < row["loss_gap"] < 1e-5 and row["ratio"] > 0
     ours = rows["ours"]
-    assert ours["product"]["flop_s"] > 1e9 and ours["generate"]["tokens_s"] > 1 and ours["first_step_warm_s"] > 0
+    assert ours["product"]["flop_s"] > 1e9 and ours["first_step_warm_s"] > 0
+    for name, batch in (("generate", 1), ("generate_batch", 32)):
+        assert ours[name]["batch"] == batch and ours[name]["tokens_s"] > 1
+        assert f"tokens/s, batch {batch}" in done.stdout
     # 4 layers of 12 C^2 + 13 C, the last norm, and the head; the counts differ by half of attention's.
     n_params = 4 * (12 * 64**2 + 13 * 64) + 2 * 64 + 65 * 64
     assert result["flop_per_token"] == {"F12": 6 * n_params + 12 * 4 * 64 * 64, "F6": 6 * n_params + 6 * 4 * 64 * 64}

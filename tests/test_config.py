@@ -77,6 +77,9 @@ def test_wikitext2_is_as_documented():
         (lambda: SamplingConfig(top_p=0.0), "--top-p 0.0", "above 0"),
         (lambda: SamplingConfig(top_k=-1), "--top-k -1", "at least 0"),
         (lambda: SamplingConfig(max_new_tokens=0), "--max-new-tokens 0", "at least 1"),
+        (lambda: SamplingConfig(samples=0), "--samples 0", "at least 1"),
+        (lambda: SamplingConfig(samples=1001), "--samples 1001", "at most 1000"),
+        (lambda: SamplingConfig(samples=2, seed=2**31 - 1), "--samples 2", "or --seed"),
     ],
 )
 def test_bad_values_name_flag_and_remedy(build, flag, remedy):

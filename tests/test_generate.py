@@ -1,5 +1,7 @@
 """Sampling: greedy, top-k, top-p, temperature, the sliding window, and the command."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,16 @@ def test_seeds(bound):
     assert a == b != c and all(0 <= i < 11 for i in a)
 
 
+def test_a_row_of_a_batch_is_the_text_of_its_seed_alone(bound):
+    """Past the block's end too; and what a seed gives is what it gave when texts were sampled one at a time."""
+    prompts, sampling = np.array([[3], [3], [7]]), dict(max_new_tokens=24, temperature=1.3, top_k=9, top_p=0.95)
+    steps = list(generate.generate_batch(*bound, CONFIG, prompts, SamplingConfig(**sampling, seed=1)))
+    rows = np.stack(steps, axis=1).tolist()
+    assert rows == [written(bound, prompt, **sampling, seed=1 + row) for row, prompt in enumerate(prompts)]
+    assert rows[0] == [10, 0, 10, 7, 8, 5, 10, 0, 3, 3, 4, 3, 5, 10, 5, 5, 10, 10, 5, 5, 5, 3, 8, 5]
+    assert rows[1] == [4, 5, 3, 5, 10, 0, 5, 5, 3, 3, 3, 8, 3, 1, 1, 10, 10, 10, 5, 5, 5, 5, 5, 3]
+
+
 def test_the_command_writes_the_sample_of_training(command, trained, text):
     sample = (trained / "sample.txt").read_text()
     done = command("generate.py", trained, "--prompt", sample[0], "--max-new-tokens=20")
@@ -88,3 +100,17 @@ def test_the_command_past_the_block_and_options(command, trained, text):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(text[:40]) and len(done.stdout) == 40 + 50 + 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_command_writes_several_samples(command, trained, text, temperature):
+    """More than are computed at once; each is what the command gives for its seed alone."""
+    args = [trained, "--prompt", text[:3], "--max-new-tokens=20", f"--temperature={temperature}"]
+    done = command("generate.py", *args, "--seed=5", "--samples=34")
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"^--- seed (\d+) ---\n", done.stdout, flags=re.MULTILINE)
+    assert parts[0] == "" and parts[1::2] == [str(seed) for seed in range(5, 5 + 34)]
+    texts = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert len(set(texts.values())) == (1 if temperature == 0 else 34)
+    for seed in ("5", "38"):
+        assert command("generate.py", *args, f"--seed={seed}").stdout == texts[seed]

@@ -88,7 +88,9 @@ def tables(kept: dict[str, Any]) -> str:
 def rates(result: dict[str, Any]) -> str:
     """One line: FLOP/s in both counts and their shares, the first step of a second start, and sampling."""
     ours = result["rows"][0]
-    product, generated = ours["product"]["flop_s"], ours["generate"]
+    product = ours["product"]["flop_s"]
+    sampled = [ours[name] for name in ("generate", "generate_batch") if name in ours]  # earlier results have one
+    sampling = ", ".join(f"{g['tokens_s']:,.0f} tokens/s, batch {g['batch']}" for g in sampled)
     shares = []
     for count, flop in result["flop_per_token"].items():
         rate = flop * ours["tokens_s"]
@@ -96,7 +98,7 @@ def rates(result: dict[str, Any]) -> str:
         shares.append(f"{count} {rate / 1e9:,.0f} GFLOP/s ({of})")
     return (
         f"{', '.join(shares)} of a large product's {product / 1e9:,.0f}; first step of a second start "
-        f"{ours['first_step_warm_s']:.1f} s; sampling {generated['tokens_s']:,.0f} tokens/s, batch {generated['batch']}"
+        f"{ours['first_step_warm_s']:.1f} s; sampling {sampling}"
     )
 
 

@@ -1,7 +1,7 @@
 """One side of a benchmark in a process of its own, started by scripts/bench.py: it obeys lines on standard input.
 
-`start` builds the model and computes the first step, `run N` computes N more, `probe NAME` answers one question of this
-side's; each is answered by one line of JSON. The end of the input ends the process.
+`start` builds the model and computes the first step, `run N` computes N more, `probe NAME ...` answers one question of
+this side's; each is answered by one line of JSON. The end of the input ends the process.
 """
 
 import contextlib
@@ -96,24 +96,19 @@ class Ours:
         times = [seconds(lambda: product(a).block_until_ready()) for _ in range(8)]
         return {"size": size, "flop_s": 2 * size**3 / min(times)}
 
-    def probe_generate(self) -> Answer:
-        """Tokens per second of sampling one text, a block long, reading included; the second run counts."""
+    def probe_generate(self, batch: str) -> Answer:
+        """Tokens per second of sampling texts of a block at once, all rows' tokens counted."""
         from jaxgpt.config import SamplingConfig
-        from jaxgpt.generate import generate
+        from jaxgpt.generate import generate_batch
 
         n_new = min(self.config.model.block_size - 1, 200)
         sampling = SamplingConfig(max_new_tokens=n_new, temperature=0.8, top_k=20)
-        prompt = np.zeros(1, np.int64)
-
-        def sample() -> None:
-            times.clear()
-            for _ in generate(self.program.exact_model, self.state.params, self.config.model, prompt, sampling):
-                times.append(time.perf_counter())
-
-        times: list[float] = []
-        sample()
+        model, prompt_BT = self.program.exact_model, np.zeros((int(batch), 1), np.int64)
+        steps = generate_batch(model, self.state.params, self.config.model, prompt_BT, sampling)
+        times = [time.perf_counter() for _ in steps]
         # From the second token on: the first ones compile what reads a window and what reads a token.
-        return {"batch": 1, "tokens": n_new, "tokens_s": (len(times) - 2) / (times[-1] - times[1])}
+        rate = (len(times) - 2) * len(prompt_BT) / (times[-1] - times[1])
+        return {"batch": len(prompt_BT), "tokens": n_new, "tokens_s": rate}
 
 
 class Torch:
@@ -256,7 +251,7 @@ def answers(side: str, folder: Path) -> Iterator[Answer]:
             yield {"mib": running.memory()}
         else:
             assert word == "probe", line
-            yield getattr(running, f"probe_{arguments[0]}")()
+            yield getattr(running, f"probe_{arguments[0]}")(*arguments[1:])
 
 
 def main() -> None:
