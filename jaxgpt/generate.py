@@ -4,7 +4,7 @@ Axes: B texts, T time, C width, V vocabulary, H heads, D head size.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -76,31 +76,7 @@ def generate_batch(
     n_rows, n_time = prompt_BT.shape
     assert n_rows and n_time
     block_size = config.block_size
-    vocab_size = len(params["token_emb.embedding"])
-    top_k = min(sampling.top_k or vocab_size, vocab_size)
-    temperature = sampling.temperature if sampling.temperature >= 1e-6 else 0.0
-    pick = partial(choose, temperature=temperature, top_k=top_k, top_p=sampling.top_p)
-    key_B = jnp.stack([batches.stream_key(sampling.seed + row, batches.SAMPLE) for row in range(n_rows)])
-
-    def next_token(bound: GPT, x_BC: Array, i: Array) -> Array:
-        """[B], the i-th new token of each row after the hidden states [B, C]."""
-        step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
-        return jax.vmap(pick)(bound.logits(x_BC), step_key_B)
-
-    @jax.jit
-    def read_window(params: Params, window_BT: Array, length: Array, i: Array) -> tuple[Array, Cache]:
-        """The tokens after the first `length` of windows padded to a block, and the windows' keys and values."""
-        bound = model(params)
-        x_BTC, cache = bound.hidden(window_BT, cache=empty_cache(params, config, n_rows))
-        return next_token(bound, lax.dynamic_index_in_dim(x_BTC, length - 1, axis=1, keepdims=False), i), cache
-
-    @partial(jax.jit, donate_argnums=2)
-    def read_token(params: Params, token_B: Array, cache: Cache, at: Array, i: Array) -> tuple[Array, Cache]:
-        """The tokens after `token_B` at position `at`, whose predecessors are in the cache."""
-        bound = model(params)
-        x_B1C, cache = bound.hidden(token_B[:, None], cache=cache, start=at)
-        return next_token(bound, x_B1C[:, 0], i), cache
-
+    read_window, read_token = _compiled(model, config, n_rows, sampling)
     context_BT, cache = np.asarray(prompt_BT, np.int32)[:, -block_size:], None
     for i in range(sampling.max_new_tokens):
         n_read = context_BT.shape[1]
@@ -116,6 +92,40 @@ def generate_batch(
         token_B = np.asarray(token_B, np.int32)
         context_BT = np.concatenate([context_BT, token_B[:, None]], axis=1)
         yield token_B
+
+
+@lru_cache(2)
+def _compiled(
+    model: Callable[[Params], GPT], config: ModelConfig, n_rows: int, sampling: SamplingConfig
+) -> tuple[Callable, Callable]:
+    """The two programs that read: a whole window, and one more token. Kept, as training samples again and again."""
+    temperature = sampling.temperature if sampling.temperature >= 1e-6 else 0.0
+    key_B = jnp.stack([batches.stream_key(sampling.seed + row, batches.SAMPLE) for row in range(n_rows)])
+
+    def next_token(bound: GPT, x_BC: Array, i: Array) -> Array:
+        """[B], the i-th new token of each row after the hidden states [B, C]."""
+        logits_BV = bound.logits(x_BC)
+        vocab_size = logits_BV.shape[-1]
+        top_k = min(sampling.top_k or vocab_size, vocab_size)
+        pick = partial(choose, temperature=temperature, top_k=top_k, top_p=sampling.top_p)
+        step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
+        return jax.vmap(pick)(logits_BV, step_key_B)
+
+    @jax.jit
+    def read_window(params: Params, window_BT: Array, length: Array, i: Array) -> tuple[Array, Cache]:
+        """The tokens after the first `length` of windows padded to a block, and the windows' keys and values."""
+        bound = model(params)
+        x_BTC, cache = bound.hidden(window_BT, cache=empty_cache(params, config, n_rows))
+        return next_token(bound, lax.dynamic_index_in_dim(x_BTC, length - 1, axis=1, keepdims=False), i), cache
+
+    @partial(jax.jit, donate_argnums=2)
+    def read_token(params: Params, token_B: Array, cache: Cache, at: Array, i: Array) -> tuple[Array, Cache]:
+        """The tokens after `token_B` at position `at`, whose predecessors are in the cache."""
+        bound = model(params)
+        x_B1C, cache = bound.hidden(token_B[:, None], cache=cache, start=at)
+        return next_token(bound, x_B1C[:, 0], i), cache
+
+    return read_window, read_token
 
 
 def empty_cache(params: Params, config: ModelConfig, n_rows: int) -> Cache:
