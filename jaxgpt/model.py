@@ -55,6 +55,7 @@ class Numerics:
     compute_dtype: Any = jnp.float32
     attention: AttentionImplementation = "xla"
     logits_at_once: int = 2**26  # the loss takes the batch in chunks of about so many logits
+    fused_qkv: bool = False  # query, key and value of an attention in one product
     head_multiple: int = 1  # within the loss the head is widened to a multiple of this
 
 
@@ -66,9 +67,13 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, x: Array) -> Array:
-        product = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))  # cast: input and kernel
-        bias = self.bias[...]
-        return (product.astype(bias.dtype) + bias).astype(self.dtype)  # cast: the sum back to the compute dtype
+        return affine(x, self.kernel[...], self.bias[...], self.dtype)
+
+
+def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
+    """x kernel + bias, in `dtype`."""
+    product = jnp.dot(x.astype(dtype), kernel.astype(dtype))  # cast: input and kernel
+    return (product.astype(bias.dtype) + bias).astype(dtype)  # cast: the sum back to the compute dtype
 
 
 def linear(
@@ -115,7 +120,7 @@ class Attention(nnx.Module):
     """Causal self-attention with separate query, key, value and output projections, each with bias."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
-        self.n_head, self.implementation = config.n_head, numerics.attention
+        self.n_head, self.implementation, self.fused = config.n_head, numerics.attention, numerics.fused_qkv
         n_embd = config.n_embd
         self.Wq = linear(n_embd, n_embd, config, numerics, rngs)
         self.Wk = linear(n_embd, n_embd, config, numerics, rngs)
@@ -131,7 +136,7 @@ class Attention(nnx.Module):
         document_BT: Array | None = None,
     ):
         """The branch's output [N, C], and the cache with this call's keys and values written at `start`."""
-        q, k, v = (self._heads(W, x_NC, n_rows) for W in (self.Wq, self.Wk, self.Wv))
+        q, k, v = self._heads(x_NC, n_rows, self.Wq, self.Wk, self.Wv)
         if cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
@@ -143,10 +148,18 @@ class Attention(nnx.Module):
 
     def weights(self, x_NC: Array, n_rows: int) -> Array:
         """How much each query attends to each key of its row, [B, H, T, S]: what the output is made with."""
-        return attention_weights(self._heads(self.Wq, x_NC, n_rows), self._heads(self.Wk, x_NC, n_rows))
+        return attention_weights(*self._heads(x_NC, n_rows, self.Wq, self.Wk))
 
-    def _heads(self, projection: Linear, x_NC: Array, n_rows: int) -> Array:
-        return projection(x_NC).reshape(n_rows, -1, self.n_head, x_NC.shape[-1] // self.n_head)
+    def _heads(self, x_NC: Array, n_rows: int, *projections: Linear) -> list[Array]:
+        """What each projection makes of x, [B, T, H, D]; as one product of their kernels side by side, if fused."""
+        if self.fused:
+            kernel, bias = (
+                jnp.concatenate([getattr(W, name)[...] for W in projections], axis=-1) for name in ("kernel", "bias")
+            )
+            parts = jnp.split(affine(x_NC, kernel, bias, projections[0].dtype), len(projections), axis=-1)
+        else:
+            parts = [W(x_NC) for W in projections]
+        return [part.reshape(n_rows, -1, self.n_head, x_NC.shape[-1] // self.n_head) for part in parts]
 
 
 def gelu(x: Array, kind: str) -> Array:

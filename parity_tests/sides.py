@@ -64,6 +64,7 @@ class Case:
     vocab_size: int = VOCAB
     weights: str = "spread"
     seed: int = 0
+    fused_qkv: bool = False
 
     @property
     def label(self) -> str:
@@ -219,10 +220,8 @@ class TorchTraining:
 def program_of(case: Case, precision: str) -> Program:
     """The trainer's program in float64, float32, or float32 weights with bfloat16 products."""
     config = dataclasses.replace(case.config, dtype=precision)
-    if precision == "bfloat16":
-        numerics = Numerics(np.dtype("float32"), jax.numpy.dtype("bfloat16"))
-    else:
-        numerics = Numerics(np.dtype(precision), np.dtype(precision))
+    dtypes = ("float32", "bfloat16") if precision == "bfloat16" else (precision, precision)
+    numerics = Numerics(*(jax.numpy.dtype(name) for name in dtypes), fused_qkv=case.fused_qkv)
     return Program(config, case.vocab_size, numerics, case.end_of_text)
 
 

@@ -39,7 +39,9 @@ PROGRAMS = {
     "three blocks, dropout": program(n_layer=3, model=dict(dropout=0.1)),
     "tied": program(model=dict(tied_head=True, gelu="tanh")),
     "documents": program(end_of_text=0, tokenizer="gpt2", packing="documents"),
-    "bfloat16, loss in chunks": program(Numerics(compute_dtype=jnp.bfloat16, logits_at_once=100, head_multiple=16)),
+    "bfloat16, loss in chunks": program(
+        Numerics(compute_dtype=jnp.bfloat16, logits_at_once=100, head_multiple=16, fused_qkv=True)
+    ),
     "many blocks": program(n_layer=9),
     "last": classifier("last"),
     "last_token": classifier("last_token"),

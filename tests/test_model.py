@@ -70,7 +70,7 @@ def test_a_position_sees_only_itself_and_the_past(params, idx_BT):
 def test_cached_reading_equals_reading_at_once(params, idx_BT):
     gpt = models.bind(CONFIG, VOCAB, Numerics())(params)
     whole = gpt(idx_BT[:1])[0]
-    cache, start, pieces = empty_cache(params, CONFIG), 0, []
+    cache, start, pieces = empty_cache(params, CONFIG, 1), 0, []
     for length in (4, 1, 3, 1, 1):
         x_1TC, cache = gpt.hidden(idx_BT[:1, start : start + length], cache=cache, start=start)
         pieces.append(gpt.lm_head(x_1TC)[0])
@@ -130,7 +130,7 @@ def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
         return parallel.numerics(TrainConfig(**fields))
 
-    on_gpu = dict(logits_at_once=2**29, head_multiple=128)
+    on_gpu = dict(logits_at_once=2**29, head_multiple=128, fused_qkv=True)
     assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn", **on_gpu)
     assert chosen("9.0", dtype="float32").attention == "xla"
     assert chosen("9.0", model=ModelConfig(n_embd=12, n_head=3)).attention == "xla"  # heads of 4

@@ -29,6 +29,7 @@ def cases(quick: bool) -> list[Case]:
         dataclasses.replace(small("small"), weights="documented"),
         small("tied head", model=dataclasses.replace(SIZES, tied_head=True)),
         small("GELU tanh", model=dataclasses.replace(SIZES, gelu="tanh")),
+        dataclasses.replace(small("query, key and value fused"), fused_qkv=True),
         small("dropout, masks passed in", model=dataclasses.replace(SIZES, dropout=0.3)),
         documents_case(),
     ]
