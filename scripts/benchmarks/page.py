@@ -1,6 +1,7 @@
 """The figures of scripts/bench.py as a picture of bars and as the measured part of docs/benchmarks.md."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,57 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_growth(results: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each configuration: the step's time over the preset's, by the factor of T, C or L."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(2 + 4.5 * len(results), 4.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, result in zip(axes[0], results, strict=True):
+        rows = result["growth"]["rows"]
+        for what, colour in (("T", "tab:blue"), ("C", "tab:orange"), ("L", "tab:green")):
+            for side in dict.fromkeys(row["side"] for row in rows):
+                points = [
+                    (r["factor"], r["over_preset"]) for r in rows if r["side"] == side and r["what"] in ("", what)
+                ]
+                ours, name = side == "ours", next(row["name"] for row in rows if row["side"] == side)
+                axis.plot(
+                    *zip(*sorted(points), strict=True),
+                    color=colour,
+                    linestyle="-" if ours else "--",
+                    marker="o" if ours else "s",
+                    label=f"{what}, {name}",
+                )
+        axis.plot([0.5, 2], [0.5, 2], color="0.8", zorder=0, label="in proportion")
+        axis.set(xscale="log", yscale="log", xlabel="times the preset's T, C or L", xlim=(0.45, 2.2))
+        sizes = rows[0]["sizes"]
+        axis.set_title(f"{result['preset']}: T {sizes['T']}, C {sizes['C']}, L {sizes['L']}", loc="left", fontsize=10)
+        for one, ticks in ((axis.xaxis, (0.5, 1, 2)), (axis.yaxis, (0.25, 0.5, 1, 2, 4))):
+            one.set_major_locator(FixedLocator(ticks))
+            one.set_minor_locator(NullLocator())
+            one.set_minor_formatter(NullFormatter())
+            one.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(color="0.93")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("time of a step over the preset's")
+    figure.suptitle(title_of(results[0]), fontsize=9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def record(results: list[dict[str, Any]]) -> None:
     """Keeps results in docs/benchmarks.json, by machine and preset; writes the measured part of docs/benchmarks.md."""
     path = FOLDER / "benchmarks.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for result in results:
-        kept.setdefault(title_of(result), {})[result["preset"]] = result
+        # A run may bring the steps, the growth or the loop: what it does not bring stays.
+        kept.setdefault(title_of(result), {}).setdefault(result["preset"], {}).update(result)
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     page = (FOLDER / "benchmarks.md").read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
@@ -61,28 +107,74 @@ def record(results: list[dict[str, Any]]) -> None:
 
 
 def tables(kept: dict[str, Any]) -> str:
-    """A section for each machine, a table of all its configurations."""
+    """A section for each machine, a table of all its configurations, and what else was measured of them."""
     parts = []
     for title, presets in kept.items():
-        lines = [
-            f"## {title}\n",
-            "| configuration | side | ms per step (range) | tokens/s | times ours | first step | memory | loss gap |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for preset, result in presets.items():
-            for row in result["rows"]:
-                ours = row["side"] == "ours"
-                lines.append(
-                    f"| {f'`{preset}`' if ours else ''} | {row['name']} | {row['ms_per_step']:.2f} "
-                    f"({row['ms_min']:.2f} to {row['ms_max']:.2f}) | {row['tokens_s']:,.0f} | "
-                    + ("" if ours else f"{row['ratio']:.2f}")
-                    + f" | {row['first_step_s']:.1f} s | {row['memory_mib']:,.0f} MiB | "
-                    + ("" if ours else f"{row['loss_gap']:.0e}")
-                    + " |"
-                )
-        parts.append("\n".join(lines) + "\n")
-        parts.append("\n".join(f"- `{preset}`: {rates(result)}" for preset, result in presets.items()) + "\n")
+        parts.append(f"## {title}\n")
+        timed = {preset: result for preset, result in presets.items() if "rows" in result}
+        if timed:
+            parts.append(_table(_STEPS, [line for preset, result in timed.items() for line in _steps(preset, result)]))
+            parts.append("\n".join(f"- `{preset}`: {rates(result)}" for preset, result in timed.items()) + "\n")
+        grown = {preset: result["growth"] for preset, result in presets.items() if "growth" in result}
+        if grown:
+            parts.append(_table(_GROWTH, [line for preset, found in grown.items() for line in _growth(preset, found)]))
+        loops = [f"- `{preset}`: {loop_line(result['loop'])}" for preset, result in presets.items() if "loop" in result]
+        if loops:
+            parts.append("The trainer's loop over its bare step:\n")
+            parts.append("\n".join(loops) + "\n")
     return "\n".join(parts)
+
+
+_STEPS = ["configuration", "side", "ms per step (range)", "tokens/s", "times ours", "first step", "memory", "loss gap"]
+_GROWTH = ["configuration", "T, C, L", "side", "ms per step (range)", "tokens/s", "times the preset's", "times ours"]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]]) + "\n"
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f"{row['ms_per_step']:.2f} ({row['ms_min']:.2f} to {row['ms_max']:.2f})"
+
+
+def _steps(preset: str, result: dict[str, Any]) -> Iterator[list[str]]:
+    for row in result["rows"]:
+        ours = row["side"] == "ours"
+        yield [
+            f"`{preset}`" if ours else "",
+            row["name"],
+            _times(row),
+            f"{row['tokens_s']:,.0f}",
+            "" if ours else f"{row['ratio']:.2f}",
+            f"{row['first_step_s']:.1f} s",
+            f"{row['memory_mib']:,.0f} MiB",
+            "" if ours else f"{row['loss_gap']:.0e}",
+        ]
+
+
+def _growth(preset: str, growth: dict[str, Any]) -> Iterator[list[str]]:
+    for number, row in enumerate(growth["rows"]):
+        ours, sizes = row["side"] == "ours", row["sizes"]
+        yield [
+            "" if number else f"`{preset}`, batch {growth['batch_size']}",
+            ", ".join(f"**{sizes[n]}**" if n == row["what"] else str(sizes[n]) for n in "TCL") if ours else "",
+            row["name"],
+            _times(row),
+            f"{row['tokens_s']:,.0f}",
+            f"{row['over_preset']:.2f}" if row["what"] else "",
+            "" if ours else f"{row['ratio']:.2f}",
+        ]
+
+
+def loop_line(loop: dict[str, Any]) -> str:
+    """One line: what the loop costs of the bare step's time, and of what that is made."""
+    shares = ", ".join(f"{name} {100 * share:.1f}" for name, share in loop["shares"].items())
+    return (
+        f"{loop['steps']} steps cost {100 * loop['overhead']:.1f} % more than bare ones of {loop['bare_ms']:.2f} ms "
+        f"(standard error {100 * loop['error']:.1f}): {shares}; once, for the first evaluation and checkpoint, "
+        f"{loop['once_s']:.1f} s; at the end {loop['end_s']:.1f} s"
+    )
 
 
 def rates(result: dict[str, Any]) -> str:
