@@ -218,7 +218,7 @@ class DataConfig:
 class LoopConfig(DataConfig, RunConfig):
     """What is trained on, how long, and what is reported."""
 
-    preset: Literal["tinygpt", "minigpt", "wikitext2"] = "minigpt"
+    preset: Literal["tinygpt", "minigpt", "wikitext2", "nanogpt-char", "nanogpt-cpu"] = "minigpt"
     """The documented loop whose values are the defaults of all other flags."""
     steps: int = 5000
     """Updates; with --epochs at most so many."""

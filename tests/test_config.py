@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt.config import ModelConfig, SamplingConfig, TrainConfig, differences, from_json, to_json
 from jaxgpt.errors import UserError
-from jaxgpt.presets import PRESETS
+from jaxgpt.presets import BENCHMARKS, PRESETS
 
 
 def test_tinygpt_is_as_documented():
@@ -35,6 +35,31 @@ def test_wikitext2_is_as_documented():
     assert (c.tokenizer, c.packing, c.min_chars, c.max_train_texts, c.max_val_texts) == ("gpt2", "chunks", 50, 500, 100)
     assert (c.eval_every, c.eval_batches) == (0, 0)  # after each epoch, the whole split
     assert (c.prompt, c.sample_tokens, c.sample_temperature, c.sample_top_k) == ("The history of", 50, 0.8, 40)
+
+
+def test_nanogpts_are_as_published():
+    """config/train_shakespeare_char.py over the defaults of train.py, and the README's command for a CPU."""
+    c = PRESETS["nanogpt-char"]
+    assert dataclasses.astuple(c.model) == (6, 6, 384, 256, 0.2, True, "erf", "gpt2")
+    assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (64, 5000, 1e-3, 0.1, "matrices")
+    assert (c.beta1, c.beta2, c.eps, c.clip) == (0.9, 0.99, 1e-8, 1.0)
+    assert (c.schedule, c.warmup_steps, c.cosine_end, c.min_lr) == ("warmup-cosine", 100, 5000, 1e-4)
+    assert (c.dataset, c.tokenizer, c.packing, c.eval_every, c.eval_batches) == (
+        "tinyshakespeare", "char", "windows", 250, 200
+    )  # fmt: skip
+    small = PRESETS["nanogpt-cpu"]
+    assert dataclasses.astuple(small.model) == (4, 4, 128, 64, 0.0, True, "erf", "gpt2")
+    assert (small.batch_size, small.steps, small.cosine_end, small.eval_batches) == (12, 2000, 2000, 20)
+    same = dict(preset=c.preset, model=c.model, batch_size=64, steps=5000, eval_batches=200)
+    assert dataclasses.replace(small, **same) == c
+
+
+def test_what_is_timed_is_what_is_trained():
+    """Without dropout and at a constant rate, as each side of a benchmark has it."""
+    for name, (timed, _) in BENCHMARKS.items():
+        if name in PRESETS:
+            model = dataclasses.replace(PRESETS[name].model, dropout=0.0)
+            assert (timed.model, timed.batch_size, timed.schedule) == (model, PRESETS[name].batch_size, "constant")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ def logits(params, idx_BT, config=CONFIG, numerics=None, keys=None):
     return models.bind(config, VOCAB, numerics or Numerics())(params)(idx_BT, keys)
 
 
-@pytest.mark.parametrize("preset, n_params", [("minigpt", 216_576), ("tinygpt", 212_480)])
+@pytest.mark.parametrize(
+    "preset, n_params",
+    [("minigpt", 216_576), ("tinygpt", 212_480), ("nanogpt-char", 10_770_816), ("nanogpt-cpu", 809_856)],
+)
 def test_number_of_parameters(preset, n_params):
     shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), PRESETS[preset].model, 65, Numerics()))
     assert sum(np.prod(p.shape) for p in shapes.values()) == n_params
