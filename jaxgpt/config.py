@@ -47,6 +47,17 @@ class ModelConfig:
         )
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "give a probability from 0 up to, not with, 1")
 
+    def flop_per_token(self, n_counted: int) -> dict[str, int]:
+        """Floating-point operations of a token, forward and backward, in the two usual counts.
+
+        "F12": 6 N + 12 L T C, nanoGPT's count (PaLM, appendix B); "F6": 6 N + 6 L T C, with attention's causal half.
+
+        Args:
+            n_counted: N, the parameters without the tables that are only looked up.
+        """
+        attention = self.n_layer * self.block_size * self.n_embd
+        return {"F12": 6 * n_counted + 12 * attention, "F6": 6 * n_counted + 6 * attention}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -10,18 +10,6 @@ from jaxgpt.diagnostics import in_order
 from jaxgpt.parallel import Executor
 
 
-def flop_per_token(n_counted: int, model: ModelConfig) -> dict[str, int]:
-    """FLOP of forward and backward for a token, in the two usual counts.
-
-    "F12": 6 N + 12 L T C, nanoGPT's count (PaLM, appendix B); "F6": 6 N + 6 L T C, with the causal half of attention.
-
-    Args:
-        n_counted: N, the parameters without the tables that are only looked up.
-    """
-    attention = model.n_layer * model.block_size * model.n_embd
-    return {"F12": 6 * n_counted + 12 * attention, "F6": 6 * n_counted + 6 * attention}
-
-
 def looked_up(model: ModelConfig) -> tuple[str, ...]:
     """The parameters that are tables alone: a tied head multiplies by the token embedding too."""
     return ("pos_emb.embedding",) if model.tied_head else ("pos_emb.embedding", "token_emb.embedding")
@@ -48,7 +36,7 @@ def summary(executor: Executor, feed: Feed) -> str:
     table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
     total = sum(math.prod(p.shape) for p in params.values())
     counted = total - sum(math.prod(params[name].shape) for name in looked_up(model))
-    flop = flop_per_token(counted, model)
+    flop = model.flop_per_token(counted)
     tokens = batch_size * model.block_size
     memory = executor.memory(feed)
     parts = ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items())

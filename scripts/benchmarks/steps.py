@@ -80,18 +80,13 @@ def beside(ours: Side, others: list[Side], flags: argparse.Namespace, preset: st
 
 
 def about(config: Any, vocab_size: int) -> dict[str, Any]:
-    """The configuration's sizes, and the floating-point operations of a token, forward and backward, in both counts.
-
-    6 N + 12 L T C, N the parameters without tables that are only looked up (nanoGPT's count, "F12"); and with the
-    causal half of attention only, 6 N + 6 L T C ("F6").
-    """
+    """The configuration's sizes, and the floating-point operations of a token in both counts."""
     m = config.model
     n_params = m.n_layer * (12 * m.n_embd**2 + 13 * m.n_embd) + 2 * m.n_embd + vocab_size * m.n_embd
-    attention = m.n_layer * m.block_size * m.n_embd
     return {
         "model": dataclasses.asdict(m),
         "batch_size": config.batch_size,
-        "flop_per_token": {"F12": 6 * n_params + 12 * attention, "F6": 6 * n_params + 6 * attention},
+        "flop_per_token": m.flop_per_token(n_params),
     }
 
 
