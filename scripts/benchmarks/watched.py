@@ -96,7 +96,7 @@ def main() -> None:
         (checkpoint, "wait", "checkpoints"),
         (RunFolder, "flush", "checkpoints"),
         (RunFolder, "append_steps", "records"),
-        (RunFolder, "append_metrics", "records"),
+        (RunFolder, "append", "records"),
     ):
         watch.around(owner, name, lambda *args, part=part, **kwargs: part)
     recorded, waited = RunFolder.append_steps, checkpoint.wait
