@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
 from jaxgpt.diagnostics import EXPLODING, VANISHING, Flow, Surprise
-from jaxgpt.report import plt, save_figure
+from jaxgpt.report import plt, replacing, save_figure
 
 COLOURS = {
     "healthy": "tab:green",
@@ -43,7 +43,7 @@ def drawable(texts: Sequence[str], family: str = "DejaVu Sans") -> Iterator[list
         if not missing:
             break
         found = missing & _characters(font.fname) if font.name not in families else set()
-        if found and font.name != "Last Resort":  # it has a box for everything
+        if found and not font.name.startswith("Last Resort"):  # it has a box for everything
             families.append(font.name)
             missing -= found
     with plt.rc_context({"font.family": families}):
@@ -63,25 +63,29 @@ def gradient_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
     Args:
         path: the PNG to write.
     """
+    with drawable([title]) as (title,):
+        _draw_flow(path, title, flows)
+
+
+def _draw_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
     rows = np.arange(len(flows))
+    ratios = [f.update_ratio for f in flows]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.6 + 0.17 * len(flows)), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
-    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+    figure.suptitle(title, parse_math=False)
+    limits = _limits([f.mean_abs for f in flows], 1e-9, 10)
     for verdict, colour in COLOURS.items():
         chosen = [row for row in rows if flows[row].verdict == verdict]
         label = f"mean |g|, {verdict}" if chosen else None
-        left.plot(
-            [flows[row].mean_abs for row in chosen], chosen, "o", color=colour, markersize=5, label=label, zorder=3
-        )
-        right.plot([flows[row].update_ratio for row in chosen], chosen, "o", color=colour, markersize=5)
+        _points(left, [(flows[row].mean_abs, row) for row in chosen], limits, colour, label)
+        _points(right, [(ratios[row], row) for row in chosen], _limits(ratios), colour)
     left.plot([f.std for f in flows], rows, "|", color="0.3", markersize=7, label="standard deviation")
     left.axvspan(1e-30, VANISHING, color="tab:blue", alpha=0.08, linewidth=0)
     left.axvspan(EXPLODING, 1e30, color="tab:red", alpha=0.08, linewidth=0)
-    seen = [f.mean_abs for f in flows if 0 < f.mean_abs < math.inf]
-    left.set_xlim(min([1e-9, *(value / 3 for value in seen)]), max([10.0, *(value * 3 for value in seen)]))
-    left.set(xscale="log", xlabel=f"gradient, nats per unit (vanishing below {VANISHING:g}, exploding above 1)")
-    right.set(xscale="log", xlabel="norm of the update / norm of the weights")
+    told = f"gradient, nats per unit (vanishing below {VANISHING:g}, exploding above {EXPLODING:g})"
+    left.set(xscale="log", xlim=limits, xlabel=told)
+    right.set(xscale="log", xlim=_limits(ratios), xlabel="norm of the update / norm of the weights")
     left.set_yticks(rows, [f.name for f in flows], fontsize=7)
     left.set_ylim(len(flows) - 0.4, -0.6)
     for axes in (left, right):
@@ -91,6 +95,25 @@ def gradient_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
     save_figure(figure, path)
 
 
+def _limits(values: Sequence[float], low: float = 1e-4, high: float = 1e-2) -> tuple[float, float]:
+    """Of a logarithmic axis, with room around the values that have a place on it."""
+    seen = [value for value in values if 0 < value < math.inf]
+    return min([low, *(value / 3 for value in seen)]), max([high, *(value * 3 for value in seen)])
+
+
+def _points(
+    axes: Any, points: list[tuple[float, int]], limits: tuple[float, float], colour: str, label: str | None = None
+) -> None:
+    """Values as points; 0 as a triangle at the left edge, what is not finite as one at the right."""
+    inside = [(value, row) for value, row in points if 0 < value < math.inf]
+    style = dict(color=colour, markersize=5, zorder=3, linestyle="none", clip_on=False)
+    axes.plot([value for value, _ in inside], [row for _, row in inside], marker="o", label=label, **style)
+    zero = [row for value, row in points if value == 0]
+    broken = [row for value, row in points if not value < math.inf]
+    axes.plot([limits[0]] * len(zero), zero, marker="<", **style)
+    axes.plot([limits[1]] * len(broken), broken, marker=">", **style)
+
+
 def attention_maps(path: Path, title: str, maps_LHTS: np.ndarray, tokens: Sequence[str]) -> None:
     """Draws every layer's (rows) and head's (columns) map; in a map, rows look at columns.
 
@@ -98,7 +121,7 @@ def attention_maps(path: Path, title: str, maps_LHTS: np.ndarray, tokens: Sequen
         path: the PNG to write.
         tokens: T of them, visible.
     """
-    with drawable(tokens) as shown:
+    with drawable([*tokens, title]) as (*shown, title):
         figure, _ = _attention_figure(title, maps_LHTS, shown)
         save_figure(figure, path)
 
@@ -114,60 +137,78 @@ def attention_animation(path: Path, title: str, maps: Sequence[tuple[int, Path]]
 
     chosen = [maps[i] for i in np.unique(np.linspace(0, len(maps) - 1, min(FRAMES, len(maps))).round().astype(int))]
     frames = []
-    with drawable(tokens) as shown:
+    with drawable([*tokens, title]) as (*shown, title):
         figure, images = _attention_figure(f"{title}, after {chosen[0][0]} steps", np.load(chosen[0][1]), shown)
         for step, file in chosen:
-            figure.suptitle(f"{title}, after {step} steps".encode("utf-8", "replace").decode(), parse_math=False)
+            figure.suptitle(f"{title}, after {step} steps", parse_math=False)
             for image, map_TS in zip(images, _flat(np.load(file)), strict=True):
                 image.set_data(_masked(map_TS))
             figure.canvas.draw()
             frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("P", palette=1, colors=128))
         plt.close(figure)
-    partial = path.with_name(path.name + ".partial")
     durations = [400] * (len(frames) - 1) + [2000]
-    frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    partial.replace(path)
+    with replacing(path) as partial:
+        frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _attention_figure(title: str, maps_LHTS: np.ndarray, tokens: Sequence[str]) -> tuple[Any, list[Any]]:
     """The figure, and the image of each map."""
     n_layer, n_head, n_time, _ = maps_LHTS.shape
-    side = max(1.0, min(9.5 / n_head, 0.13 * n_time))  # inches of a map
-    every = max(1, math.ceil(n_time * 0.095 / side))  # of the tokens those with a label
+    side = max(0.6, min(9.2 / n_head, 3.2, 0.13 * n_time))  # inches of a map
+    every = max(1, math.ceil(n_time * 0.095 / side))  # of the tokens those that have a label
     ticks = range(0, n_time, every)
     labels = [tokens[i] for i in ticks]
-    width, height = n_head * (side + 0.12) + 1.5, n_layer * (side + 0.12) + 1.3
+    longest = max(map(len, labels))
+    # Placed by hand: matplotlib's own layout takes a minute for the maps of a model of 12 layers.
+    gap, left, top, label = 0.08, 0.55 + 0.07 * longest, 0.6, 0.4 + 0.07 * (longest if longest > 1 else 1)
+    width = left + n_head * (side + gap) + 0.9
+    height = label + n_layer * (side + gap) + top
     figure, grid = plt.subplots(
         n_layer,
         n_head,
-        figsize=(max(width, 4), max(height, 3)),
+        figsize=(width, height),
         sharex=True,
         sharey=True,
         squeeze=False,
-        layout="constrained",
+        gridspec_kw=dict(
+            left=left / width,
+            right=1 - 0.9 / width,
+            bottom=label / height,
+            top=1 - top / height,
+            wspace=gap / side,
+            hspace=gap / side,
+        ),
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
-    images = []
+    figure.suptitle(title, y=1 - 0.05 / height, va="top", parse_math=False)
+    images, norm = [], matplotlib.colors.PowerNorm(0.5, 0, 1)
     for axes, map_TS in zip(grid.flat, _flat(maps_LHTS), strict=True):
         axes.set_facecolor(UNSEEN)
-        norm = matplotlib.colors.PowerNorm(0.5, 0, 1)
-        images.append(axes.imshow(_masked(map_TS), cmap="viridis", norm=norm, interpolation="nearest"))
+        images.append(axes.imshow(_masked(map_TS), cmap="viridis", norm=norm, interpolation="nearest", aspect="auto"))
         axes.tick_params(length=1.5, pad=1)
-    turned = 90 if max(map(len, labels)) > 1 else 0
     for axes in grid[-1]:
-        axes.set_xticks(ticks, labels, fontsize=7, rotation=turned, parse_math=False)
+        axes.set_xticks(ticks, labels, fontsize=7, rotation=90 if longest > 1 else 0, parse_math=False)
     for layer, axes in enumerate(grid[:, 0]):
         axes.set_yticks(ticks, labels, fontsize=7, parse_math=False)
-        axes.set_ylabel(f"layer {layer}", fontsize=9)
+        figure.text(0.3 / width, _middle(axes), f"layer {layer}", rotation=90, fontsize=9, va="center")
     for head, axes in enumerate(grid[0]):
-        axes.set_title(f"head {head}", fontsize=9, pad=2)
-    figure.supxlabel("attended to", fontsize=9)
-    figure.supylabel("token that attends", fontsize=9)
-    bar = figure.colorbar(images[0], ax=grid, fraction=0.03, pad=0.01, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+        axes.set_title(f"head {head}" if side > 0.7 else str(head), fontsize=9, pad=2)
+    named = "" if every == 1 else f" (one token in {every} is named)"
+    middle = (left + width - 0.9) / 2 / width
+    figure.text(middle, 0.02 / height, f"attended to{named}", fontsize=9, ha="center", va="bottom")
+    middle = (label + height - top) / 2 / height
+    figure.text(0.05 / width, middle, "token that attends", fontsize=9, rotation=90, va="center")
+    inches = min(4, height - label - top)
+    bar_axes = figure.add_axes((1 - 0.75 / width, middle - inches / 2 / height, 0.15 / width, inches / height))
+    bar = figure.colorbar(images[0], cax=bar_axes, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.set_label("weight", fontsize=9)
     bar.ax.tick_params(labelsize=7)
     return figure, images
+
+
+def _middle(axes: Any) -> float:
+    """The height of the axes' centre, as a share of the figure's."""
+    box = axes.get_position()
+    return (box.y0 + box.y1) / 2
 
 
 def _flat(maps_LHTS: np.ndarray) -> np.ndarray:
@@ -193,7 +234,7 @@ def surprise(path: Path, title: str, tokens: Sequence[str], found: Surprise) -> 
         tokens: T of them, visible; a line ends after one that ends a line.
     """
     colours = ["0.85", *(token_colour(float(p)) for p in found.probability_T)]
-    with drawable(tokens, "DejaVu Sans Mono") as shown:
+    with drawable([*tokens, title], "DejaVu Sans Mono") as (*shown, title):
         places, row, column = [], 0, 0
         for text in shown:
             if column and column + len(text) > LINE:
@@ -210,7 +251,7 @@ def surprise(path: Path, title: str, tokens: Sequence[str], found: Surprise) -> 
             axes.text(column + len(text) / 2, row + 0.5, text, ha="center", va="center", fontsize=13, parse_math=False)
         axes.set(xlim=(0, longest), ylim=(n_rows, 0))
         axes.set_axis_off()
-        axes.set_title(title.encode("utf-8", "replace").decode(), fontsize=11, parse_math=False)
+        axes.set_title(title, fontsize=11, parse_math=False)
         shades = matplotlib.colors.ListedColormap([token_colour(p) for p in np.geomspace(LEAST, 1, 256)])
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(LEAST, 1), shades)
         bar = figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.12, aspect=40, shrink=0.8, pad=0.02)

@@ -54,6 +54,8 @@ class InspectFlags:
             _require(self.level == "block", "--level", "has an effect only with --graph; leave it out")
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: a picture is written as .png; name it so")
+        if self.out and (self.out.is_dir() or len(self.out.name) > 200):
+            raise UserError(f"--out {self.out}: no place for a picture; choose another name")
         if self.out and not self.out.absolute().parent.is_dir():
             raise UserError(f"--out {self.out}: its folder does not exist; make it, or choose another")
         _require(not self.data_dir or self.gradients, "--data-dir", "has an effect only with --gradients; leave it out")
@@ -89,6 +91,7 @@ def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None
     from jaxgpt import diagnostics
     from jaxgpt.batches import Order
     from jaxgpt.loader import make_loader
+    from jaxgpt.optimizer import learning_rate
     from jaxgpt.trained import split_of
 
     train_N = split_of(run, "train", flags.data_dir)
@@ -100,8 +103,12 @@ def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None
     from jaxgpt import diagrams
 
     title = f"{_name(run)} after {step} steps: the gradient of the next batch"
+    if learning_rate(run.config, step) == 0:
+        title += ", whose rate is 0"
     picture = partial(diagrams.gradient_flow, title=title, flows=found)
     print(diagnostics.table(found))
+    if learning_rate(run.config, step) == 0:
+        print(f"the schedule's rate at step {step} is 0, and so is its update")
     _draw(flags, run, "gradients", picture)
 
 
@@ -111,7 +118,7 @@ def _attention(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None
 
     maps_LHTS = diagnostics.attention_maps(executor.program, state.params, ids_T)
     n_layer, n_head = maps_LHTS.shape[:2]
-    print(f"{len(tokens)} tokens, {n_layer} layers of {n_head} heads")
+    print(f"tokens: {len(tokens)}, layers: {n_layer}, heads of each: {n_head}")
     title = f"{_name(run)} after {int(state.step)} steps: who attends to whom"
     _draw(flags, run, "attention", partial(diagrams.attention_maps, title=title, maps_LHTS=maps_LHTS, tokens=tokens))
 
@@ -126,16 +133,16 @@ def _surprise(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
 
     found = diagnostics.surprise(executor.program, state.params, ids_T)
     console, text = Console(highlight=False), Text(tokens[0], style="black on grey85", end="")
-    for token, probability in zip(tokens[1:], found.probability_T, strict=True):
-        text.append(token, style=f"black on {diagrams.token_colour(float(probability))}")
-        if token.endswith("\u21b5"):
+    for before, token, probability in zip(tokens, tokens[1:], found.probability_T, strict=False):
+        if before.endswith("\u21b5"):
             text.append("\n")
+        text.append(token, style=f"black on {diagrams.token_colour(float(probability))}")
     console.print(text, soft_wrap=True)
     console.print()
     with np.errstate(divide="ignore"):
         loss_T = -np.log(found.probability_T)
     loss = float(np.mean(loss_T))
-    print(f"{len(loss_T)} tokens foretold: loss {loss:.4f}, perplexity {np.exp(loss):.2f}; the greatest surprises:")
+    print(f"tokens foretold: {len(loss_T)}, loss {loss:.4f}, perplexity {np.exp(loss):.2f}; the greatest surprises:")
     for i in np.argsort(-loss_T, kind="stable")[:5]:
         instead = ", ".join(
             f"{visible(run.tokenizer, int(token))} {share:.1%}"

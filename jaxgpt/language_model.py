@@ -108,6 +108,9 @@ class LanguageModel:
         self._val_starts = jax.jit(self._draw_val_starts)
         self._flow = executor.compiled(partial(diagnostics.gradient_flow, executor.program))
         self.map_ids_T = np.asarray(data.val_N[: min(MAP_TOKENS, config.model.block_size)], np.int32)
+        if config.within_documents:  # maps are of one text
+            ends = np.flatnonzero(self.map_ids_T == data.tokenizer.end_of_text)
+            self.map_ids_T = self.map_ids_T[: ends[0] + 1 if len(ends) else None]
         looks = (
             Watch(config.diagnose_every, self._diagnose),
             Watch(config.attention_every, self._map_attention, at_end=True),

@@ -1,8 +1,9 @@
 """Pictures of a run."""
 
+import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,22 @@ def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: S
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with warnings.catch_warnings():
+    with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a title with characters that the font has not
         # tight: the square of a confusion matrix moves its labels over the figure's edge
         figure.savefig(partial, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1)
-    partial.replace(path)
     plt.close(figure)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a place to write to, which takes the path's place if all went well, and is removed if not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _running_mean(values: list[float], span: int) -> list[float]:

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,11 @@ WRITTEN_FILES = (
     "attention.gif",
 )
 RECORDS = ("metrics.jsonl", "diagnostics.jsonl", "samples.jsonl")  # lines with the "step" that they are of
-FOLDERS = ("checkpoints", "attention", "inspect")
+FOLDERS = {  # and what their files are called
+    "checkpoints": re.compile(r"\d+(\..*)?"),
+    "attention": re.compile(r"\d{8}\.(npy|partial)"),
+    "inspect": re.compile(r"(gradients|attention|surprise)\.png(\.partial)?"),
+}
 OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), *FOLDERS, ".lock"}
 STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
 
@@ -178,7 +183,7 @@ def create(
         begun = (path / "config.json").exists()
         if begun and not overwrite:
             _require_same(run, base)
-        elif not begun and path.is_dir() and {p.name for p in path.iterdir()} - OWN_NAMES:
+        elif not begun and path.is_dir() and _holds_others(path):
             raise UserError(f"--out-dir {path}: holds files that are no run; choose an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
         run = replace(run, lock=_lock(path))
@@ -313,9 +318,23 @@ def _remove_run(path: Path) -> None:
     """Removes what a run writes, config.json first so that an interruption leaves no run that looks whole."""
     for name in WRITTEN_FILES:
         (path / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        if (path / name).exists():
-            shutil.rmtree(path / name)
+    for name, own in FOLDERS.items():
+        for file in (path / name).iterdir() if (path / name).is_dir() else ():
+            if own.fullmatch(file.name):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        with contextlib.suppress(OSError):  # not there, or somebody put more into it
+            (path / name).rmdir()
+
+
+def _holds_others(path: Path) -> bool:
+    """Whether a folder holds what no run has written."""
+    for entry in path.iterdir():
+        own = FOLDERS.get(entry.name)
+        if entry.name not in OWN_NAMES or (
+            own and not (entry.is_dir() and all(own.fullmatch(file.name) for file in entry.iterdir()))
+        ):
+            return True
+    return False
 
 
 def _rewrite_lines(path: Path, keep: Callable[[str], bool]) -> None:

@@ -45,7 +45,7 @@ def summary(executor: Executor, feed: Feed) -> str:
             *table,
             f"{total:,} parameters, {counted:,} of them multiplied by (N)",
             f"{flop['F12']:,} FLOP per token (6 N + 12 L T C), {flop['F6']:,} with attention's causal half alone; "
-            f"a step of {tokens:,} tokens: {flop['F12'] * tokens / 1e9:,.1f} GFLOP",
+            f"a step of {tokens:,} tokens: {flop['F12'] * tokens / 1e9:,.3g} GFLOP",
             f"memory on each device as the compiler plans it: {_bytes(sum(memory.values()))} ({parts}), beside what "
             "Python and JAX themselves take",
         ]

@@ -226,7 +226,7 @@ def make_tokenizer(
 
 
 # Marks that common fonts have.
-_MARKS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+_MARKS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 
 
 def visible(tokenizer: Tokenizer, i: int) -> str:

@@ -153,9 +153,9 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the last --patience reports were no better than the best before them."""
-        patience = self.config.patience
-        return bool(patience) and reports_without_gain(self.val_losses, self.config.min_delta) >= patience
+        """Whether the last --patience reports were no better than the best before them, with steps still to come."""
+        patience, to_come = self.config.patience, self.done < self.config.steps
+        return bool(patience and to_come) and reports_without_gain(self.val_losses, self.config.min_delta) >= patience
 
     def train(self, stop: list[int]) -> None:
         """Runs dispatches until the last step, or until `stop` holds a signal; saves before it returns."""
@@ -168,7 +168,9 @@ class Trainer:
         while not self.complete and not stop:
             for watch in self.task.watches:
                 if self.done % watch.every == 0:
+                    begun = time.perf_counter()
                     watch.look(self.state, self.done)
+                    self._process_started += time.perf_counter() - begun  # no part of the time to the first step
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
             feed = self.task.loader.take(self.done, n_steps)

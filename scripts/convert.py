@@ -1,7 +1,7 @@
 """Weights of PyTorch to a run, and a run to weights for PyTorch.
 
 usage: convert.py import --weights FILE.safetensors --out RUN [--optimizer-state FILE] [flags of scripts/train.py]
-       convert.py export RUN --out FILE.safetensors [--optimizer-state FILE] [--checkpoint last|best]
+       convert.py export RUN --out FILE.safetensors [--optimizer-state FILE] [--checkpoint result|last|best]
 
 import makes a run that evaluate.py, generate.py and train.py (with the same flags and --out-dir RUN) take. It reads the
 write-ups' names, and GPT-2's as Hugging Face and nanoGPT write them. export is its inverse, in the write-ups' names.

@@ -9,8 +9,8 @@ if __name__ == "inspect":
     import os
     from importlib.machinery import PathFinder
 
-    here = os.path.dirname(os.path.abspath(__file__))
-    found = PathFinder.find_spec("inspect", [p for p in sys.path if os.path.abspath(p or ".") != here])
+    here = os.path.dirname(os.path.realpath(__file__))
+    found = PathFinder.find_spec("inspect", [p for p in sys.path if os.path.realpath(p or ".") != here])
     assert found is not None and found.loader is not None, "a Python without its standard library"
     sys.modules["inspect"] = module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)

@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 from jaxgpt import diagnostics
 from jaxgpt.diagnostics import Flow
@@ -58,10 +59,54 @@ def test_verdicts():
     assert record["exploding"] == ["ln_f.bias"] and record["tensors"]["ln_f.bias"]["mean_abs"] is None
 
 
+def test_gradients_after_a_rate_of_0(command, text_file, tmp_path):
+    """The end of a cosine: no update is left to show, and that is said."""
+    line = ("--dataset", f"file:{text_file}", *SMALL, "--steps=2", "--schedule=cosine", "--out-dir", tmp_path / "run")
+    assert command("train.py", *line).returncode == 0
+    told = lines(command("inspect.py", tmp_path / "run", "--gradients"))
+    assert "rate at step 2 is 0" in told[-2]
+    picture(tmp_path / "run" / "inspect" / "gradients.png")
+
+
+def test_gradients_that_have_no_place_on_the_axis(tmp_path, recwarn):
+    from jaxgpt import diagrams
+
+    flows = [
+        Flow(f"blocks.{i}.ln1.bias", (3,), value, value, value) for i, value in enumerate((0.0, float("nan"), 1e-3))
+    ]
+    drawn = {}
+    for name, chosen in {"all": flows, "none": flows[:2], "one": flows[2:]}.items():
+        diagrams.gradient_flow(tmp_path / "g.png", name, chosen)
+        drawn[name] = picture(tmp_path / "g.png")
+    blue, red = (np.array(matplotlib.colors.to_rgb(c)) for c in ("tab:blue", "tab:red"))
+    for colour in (blue, red):  # the vanishing and the exploding one are to be seen
+        seen = {name: (np.abs(p[..., :3] - colour).max(-1) < 0.02).sum() for name, p in drawn.items()}
+        assert seen["all"] > 20 and seen["none"] > 20 and seen["one"] == 0
+    assert not recwarn.list and not list(tmp_path.glob("*.partial"))
+
+
+def test_every_character_can_be_drawn():
+    """What no font has comes as its number; `$` and backslashes stay what they are."""
+    from matplotlib import font_manager
+
+    from jaxgpt.diagrams import drawable
+    from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, visible
+
+    tokenizer = CharTokenizer("\n\r $A\\\u0301\u65e5")
+    texts = [visible(tokenizer, i) for i in range(tokenizer.vocab_size)]
+    assert texts[:3] == ["\u21b5", "U+000D", "\u2423"]
+    with drawable(texts) as shown:
+        assert shown[:6] == texts[:6]
+        fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]
+        covered = any(0x65E5 in font_manager.get_font(f.fname).get_charmap() for f in fonts)
+        assert shown[-1] == ("\u65e5" if covered else "U+65E5")
+    assert visible(ByteTokenizer(), 0xC3) == "\\xc3" and visible(ByteTokenizer(), 0x20) == "\u2423"
+
+
 def test_attention(command, trained, text, tmp_path):
     out = tmp_path / "maps.png"
     told = lines(command("inspect.py", trained, "--attention", text[:12], "--out", out))
-    assert told == ["12 tokens, 1 layers of 2 heads", f"picture: {out}"]
+    assert told == ["tokens: 12, layers: 1, heads of each: 2", f"picture: {out}"]
     picture(out)
 
 
@@ -71,7 +116,7 @@ def test_surprise(command, trained, text, tmp_path):
     for words in (sure, odd):
         told = lines(command("inspect.py", trained, "--surprise", words, "--out", tmp_path / "s.png"))
         assert words.replace(" ", "\u2423") in told[0]
-        assert told[2].startswith("15 tokens foretold: loss ")
+        assert told[2].startswith("tokens foretold: 15, loss ")
         losses.append(float(told[2].split("loss ")[1].split(",")[0]))
         picture(tmp_path / "s.png")
     assert losses[1] > losses[0] + 0.3
@@ -119,6 +164,7 @@ def test_surprise_is_the_loss(trained, text):
         (["--surprise", "l"], ["--surprise 'l'", "at least 2"]),
         (["--attention", "la ti mo la ti mo"], ["--attention", "17 tokens", "block is 16", "shorten"]),
         (["--surprise", "lax"], ["--surprise", "'x'", "not in the vocabulary"]),
+        (["--attention", "la", "--out", "/tmp"], ["--out /tmp", ".png"]),
         (["--attention", "la", "--out", "maps.jpg"], ["--out maps.jpg", ".png"]),
         (["--attention", "la", "--out", "no/such/maps.png"], ["--out no/such/maps.png", "does not exist"]),
         (["--attention", "la", "--data-dir", "x"], ["--data-dir", "--gradients"]),

@@ -28,7 +28,9 @@ def recorded(out):
         del m["tokens_per_s"], m["elapsed_s"]
     summary = json.loads((out / "summary.json").read_text())
     numbers = {k: summary[k] for k in ("params", "steps", "val_loss", "val_ppl", "val_tokens")}
-    return metrics, (out / "steps.csv").read_text(), numbers, (out / "sample.txt").read_text()
+    names = ["steps.csv", "sample.txt", "diagnostics.jsonl", "samples.jsonl", "attention.gif"]
+    files = [out / name for name in names] + sorted((out / "attention").glob("*"))
+    return metrics, numbers, {file.name: file.read_bytes() for file in files if file.exists()}
 
 
 @pytest.fixture(scope="module", params=["jit", "pmap"])
@@ -36,6 +38,8 @@ def uninterrupted(request, command, text_file, tmp_path_factory):
     """A run left alone, and the flags that make it. With dropout, so that its random numbers are compared as well."""
     out = tmp_path_factory.mktemp("whole") / "run"
     more = ["--model.dropout=0.1", f"--parallel={request.param}"]
+    if request.param == "jit":
+        more += ["--diagnose-every=50", "--sample-every=100", "--attention-every=150"]
     done = command("train.py", *flags(text_file, out, *more))
     assert done.returncode == 0, done.stderr
     return out, more

@@ -90,6 +90,17 @@ def test_a_folder_of_other_files_is_left_alone(command, text_file, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("file", ["attention/notes.txt", "inspect/mine.png", "checkpoints/weights.bin", "attention"])
+def test_folders_that_a_run_has_too_are_left_alone(command, text_file, tmp_path, file):
+    path = tmp_path / "run" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    for more in ([], ["--overwrite"]):
+        done = train(command, text_file, tmp_path / "run", "--steps=5", *more)
+        assert done.returncode == 2 and "holds files that are no run" in done.stderr
+    assert path.read_text() == "precious"
+
+
 def test_loss_not_finite_stops_and_keeps_the_last_good_state(command, text_file, tmp_path):
     out = tmp_path / "run"
     # The rate climbs until the loss overflows: some steps are good, and one is not.

@@ -196,7 +196,7 @@ def main() -> None:
                 )
             if config.patience and val_loss < best[0]:
                 best = val_loss, {name: p.detach().clone() for name, p in model.state_dict().items()}
-            if config.patience and stopping.step(val_loss):
+            if config.patience and stopping.step(val_loss) and step < config.steps - 1:
                 print(f"stopped early after {step + 1} steps; the result is the best, {best[0]:.4f}")
                 model.load_state_dict(best[1])
                 break
