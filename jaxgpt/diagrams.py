@@ -237,7 +237,7 @@ def surprise(path: Path, title: str, tokens: Sequence[str], found: Surprise) -> 
     with drawable([*tokens, title], "DejaVu Sans Mono") as (*shown, title):
         places, row, column = [], 0, 0
         for text in shown:
-            if column and column + len(text) > LINE:
+            if column and column + len(text) > LINE and text != "\u21b5":
                 row, column = row + 1, 0
             places.append((row, column))
             column += len(text)
