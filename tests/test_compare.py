@@ -24,6 +24,7 @@ def recorded(out):
     return found, {row["label"]: row for row in found["variants"]}
 
 
+@pytest.mark.slow
 def test_two_optimizers(command, text_file, tmp_path):
     out, alone = tmp_path / "both", tmp_path / "alone"
     done = command("compare.py", *line_of(text_file, out, "--optimizer=sgd,adamw", "--steps=20"))
@@ -55,6 +56,7 @@ def test_two_optimizers(command, text_file, tmp_path):
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(user_env, command, text_file, tmp_path):
     """And a run in float64 leaves nothing of that to the next."""
     out = tmp_path / "compared"
@@ -91,6 +93,7 @@ def test_stopped_and_resumed(user_env, command, text_file, tmp_path):
     assert abs(rows["dtype=float64"]["val_loss"] - rows["dtype=float32"]["val_loss"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_no_other(command, text_file, tmp_path):
     done = command("compare.py", *line_of(text_file, tmp_path / "c", "--lr=1e30,0.01", "--steps=5"))
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -104,6 +107,7 @@ def test_a_run_that_diverges_stops_no_other(command, text_file, tmp_path):
     assert (tmp_path / "c" / "comparison.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_but_the_first_does(command, text_file, tmp_path):
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = command("compare.py", *line_of(text_file, tmp_path / "a", "--batch-size=6,8", "--steps=2"), **devices)
