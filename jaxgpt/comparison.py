@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import flag
+from jaxgpt.console import STOP_SIGNALS, handle_stop_signals
 from jaxgpt.errors import UserError
 from jaxgpt.run_folder import RunFolder, open_run, recorded_choice, write_json, write_text
 from jaxgpt.variants import Variant, parse
 
 ORDER = {"finished": 0, "diverged": 1, "failed": 2, "unfinished": 3}  # a table's order of states
-HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # not every system has it
 # Exit codes of a run that was told to end, or whose output's reader has gone.
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + HANGUP, 141}
+STOPPED = {*(128 + number for number in STOP_SIGNALS), 141}
 
 
 @dataclass
@@ -131,9 +131,7 @@ class Child:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Child":
-        for number in {signal.SIGINT, signal.SIGTERM, HANGUP}:
-            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-                self._before[number] = signal.signal(number, self._handle)
+        self._before = handle_stop_signals(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

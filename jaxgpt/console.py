@@ -1,10 +1,24 @@
 """What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
 
+import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # not every system has it
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, HANGUP}
 QUIET_SECONDS = 20.0  # elsewhere than on a terminal: a line at least this often
+
+
+def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Has the signals that stop a run call a handler; but not a hang-up that is ignored, as under nohup.
+
+    Returns:
+        Each signal's handler before.
+    """
+    ignored = {HANGUP} if signal.getsignal(HANGUP) == signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS - ignored}
 
 
 class Display:

@@ -207,6 +207,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a place to write to, which takes the path's place if all went well, and is removed if not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

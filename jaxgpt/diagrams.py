@@ -15,8 +15,9 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
+from jaxgpt.data_files import replacing
 from jaxgpt.diagnostics import EXPLODING, VANISHING, Flow, Surprise
-from jaxgpt.report import plt, replacing, save_figure
+from jaxgpt.report import plt, save_figure
 
 COLOURS = {
     "healthy": "tab:green",
@@ -74,18 +75,18 @@ def _draw_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
         1, 2, figsize=(10, 1.6 + 0.17 * len(flows)), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
     figure.suptitle(title, parse_math=False)
-    limits = _limits([f.mean_abs for f in flows], 1e-9, 10)
+    limits, ratio_limits = _limits([f.mean_abs for f in flows], 1e-9, 10), _limits(ratios)
     for verdict, colour in COLOURS.items():
         chosen = [row for row in rows if flows[row].verdict == verdict]
         label = f"mean |g|, {verdict}" if chosen else None
         _points(left, [(flows[row].mean_abs, row) for row in chosen], limits, colour, label)
-        _points(right, [(ratios[row], row) for row in chosen], _limits(ratios), colour)
+        _points(right, [(ratios[row], row) for row in chosen], ratio_limits, colour)
     left.plot([f.std for f in flows], rows, "|", color="0.3", markersize=7, label="standard deviation")
     left.axvspan(1e-30, VANISHING, color="tab:blue", alpha=0.08, linewidth=0)
     left.axvspan(EXPLODING, 1e30, color="tab:red", alpha=0.08, linewidth=0)
     told = f"gradient, nats per unit (vanishing below {VANISHING:g}, exploding above {EXPLODING:g})"
     left.set(xscale="log", xlim=limits, xlabel=told)
-    right.set(xscale="log", xlim=_limits(ratios), xlabel="norm of the update / norm of the weights")
+    right.set(xscale="log", xlim=ratio_limits, xlabel="norm of the update / norm of the weights")
     left.set_yticks(rows, [f.name for f in flows], fontsize=7)
     left.set_ylim(len(flows) - 0.4, -0.6)
     for axes in (left, right):

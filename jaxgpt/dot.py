@@ -1,6 +1,5 @@
 """Graphs as text for Graphviz, and as the pictures that its `dot` makes of it. Imports no jax."""
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -8,6 +7,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxgpt.data_files import replacing
 from jaxgpt.errors import UserError
 
 SUFFIXES = (".dot", ".svg", ".png")
@@ -130,13 +130,9 @@ def _drawn(dot: str, kind: str, text: bytes, out: Path) -> bytes:
 
 
 def _put(path: Path, data: bytes) -> Path:
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as e:
         raise UserError(f"--graph {path}: cannot be written ({e}); choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return path

@@ -1,14 +1,15 @@
 """Pictures of a run."""
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+
+from jaxgpt.data_files import replacing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -133,17 +134,6 @@ def save_figure(figure: Any, path: Path) -> None:
         # tight: the square of a confusion matrix moves its labels over the figure's edge
         figure.savefig(partial, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a place to write to, which takes the path's place if all went well, and is removed if not."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _running_mean(values: list[float], span: int) -> list[float]:

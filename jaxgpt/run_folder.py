@@ -21,6 +21,7 @@ from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.checks import flag
 from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.data_files import replacing
 from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError
 from jaxgpt.labelled import Labelled
@@ -48,7 +49,7 @@ WRITTEN_FILES = (
 RECORDS = ("metrics.jsonl", "diagnostics.jsonl", "samples.jsonl")  # lines with the "step" that they are of
 FOLDERS = {  # and what their files are called
     "checkpoints": re.compile(r"\d+(\..*)?"),
-    "attention": re.compile(r"\d{8}\.(npy|partial)"),
+    "attention": re.compile(r"\d{8}\.npy(\.partial)?"),
     "inspect": re.compile(r"(gradients|attention|surprise)\.png(\.partial)?"),
 }
 OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), *FOLDERS, ".lock"}
@@ -124,9 +125,8 @@ class RunFolder:
         """Keeps the attention maps after `step` updates as attention/<step>.npy."""
         folder = self.path / "attention"
         folder.mkdir(exist_ok=True)
-        with (folder / f"{step:08}.partial").open("wb") as f:
+        with replacing(folder / f"{step:08}.npy") as partial, partial.open("wb") as f:
             np.save(f, maps_LHTS)
-        os.replace(f.name, folder / f"{step:08}.npy")
 
     def read_maps(self) -> list[tuple[int, Path]]:
         """The steps with attention maps, in order, and their files."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgpt import checkpoint, parallel, run_folder
-from jaxgpt.console import Display
+from jaxgpt.console import Display, handle_stop_signals
 from jaxgpt.errors import LossNotFinite, UserError
 from jaxgpt.loader import Loader
 from jaxgpt.optimizer import learning_rate
@@ -343,10 +343,7 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    for number in (signal.SIGINT, signal.SIGTERM, hangup):
-        if number != hangup or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-            before[number] = signal.signal(number, handle)
+    before |= handle_stop_signals(handle)
     try:
         yield received
     finally:

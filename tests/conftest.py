@@ -55,6 +55,18 @@ def command(user_env):
 
 
 @pytest.fixture(scope="session")
+def start(user_env):
+    """Starts a script of scripts/ and returns the process, its output in one stream of text."""
+
+    def begin(script: str, *args: object) -> subprocess.Popen:
+        line = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+        env = {**os.environ, **user_env}
+        return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
 def trained(command, text_file, tmp_path_factory) -> Path:
     """The folder of a small finished run."""
     out = tmp_path_factory.mktemp("runs") / "trained"

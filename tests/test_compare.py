@@ -1,14 +1,11 @@
 """scripts/compare.py: what a comparison leaves, how it is stopped and resumed, what diverges, what is refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL, read_state
+from conftest import SMALL, read_state
 
 from jaxgpt import comparison, variants
 from jaxgpt.config import TrainConfig
@@ -57,17 +54,11 @@ def test_two_optimizers(command, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed(user_env, command, text_file, tmp_path):
+def test_stopped_and_resumed(start, command, text_file, tmp_path):
     """And a run in float64 leaves nothing of that to the next."""
     out = tmp_path / "compared"
     line = line_of(text_file, out, "--dtype=float64,float32", "--steps=200")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/compare.py"), *line],
-        env={**os.environ, **user_env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start("compare.py", *line)
     steps = out / "dtype=float32" / "steps.csv"
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline and not (steps.exists() and steps.stat().st_size):

@@ -1,18 +1,15 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: weights, optimiser state, and what was recorded."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, read_state
+from conftest import SMALL, read_state
 
 STEPS = 400
 
@@ -53,15 +50,9 @@ def assert_same(out, whole):
         np.testing.assert_array_equal(a, b)
 
 
-def train_and_stop(user_env, line, out, how, after):
+def train_and_stop(start, line, out, how, after):
     """Starts the command, sends it a signal once `after` steps are recorded, and returns its exit code and output."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/train.py"), *line],
-        env={**os.environ, **user_env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start("train.py", *line)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         steps = out / "steps.csv"
@@ -74,7 +65,7 @@ def train_and_stop(user_env, line, out, how, after):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments_and_resumed(user_env, command, text_file, tmp_path, uninterrupted, seed):
+def test_killed_at_random_moments_and_resumed(start, command, text_file, tmp_path, uninterrupted, seed):
     whole, more = uninterrupted
     draw = random.Random(seed)
     out = tmp_path / "run"
@@ -85,7 +76,7 @@ def test_killed_at_random_moments_and_resumed(user_env, command, text_file, tmp_
     after = 0
     for how in signals:
         after += draw.randint(5, 110)
-        code, output = train_and_stop(user_env, line, out, how, after)
+        code, output = train_and_stop(start, line, out, how, after)
         assert "Traceback" not in output, output
         if code == 0:
             break  # it was done before the signal came
@@ -103,11 +94,11 @@ def test_killed_at_random_moments_and_resumed(user_env, command, text_file, tmp_
     assert_same(out, whole)
 
 
-def test_a_line_cut_short_by_the_kill_is_forgotten(user_env, command, text_file, tmp_path, uninterrupted):
+def test_a_line_cut_short_by_the_kill_is_forgotten(start, command, text_file, tmp_path, uninterrupted):
     whole, more = uninterrupted
     out = tmp_path / "run"
     line = flags(text_file, out, *more)
-    code, _ = train_and_stop(user_env, line, out, signal.SIGKILL, 30)
+    code, _ = train_and_stop(start, line, out, signal.SIGKILL, 30)
     assert code == -9
     with (out / "steps.csv").open("a") as f:
         f.write("1")
