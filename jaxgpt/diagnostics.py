@@ -120,11 +120,11 @@ def table(found: list[Flow]) -> str:
 def attention_maps(program: Program, params: Params, idx_T: np.ndarray) -> np.ndarray:
     """How much each token attends to each, [L, H, T, S] in the parameters' dtype, T at most a block."""
     assert 1 <= len(idx_T) <= program.config.model.block_size
-    return np.asarray(_compiled_maps(program)(params, np.asarray(idx_T, np.int32)[None]))[0]
+    return np.asarray(compiled_maps(program)(params, np.asarray(idx_T, np.int32)[None]))[0]
 
 
 @lru_cache(1)
-def _compiled_maps(program: Program) -> Callable[[Params, Any], Array]:
+def compiled_maps(program: Program) -> Callable[[Params, Any], Array]:
     """Kept, as training looks again and again."""
     return jax.jit(lambda params, idx_1T: program.exact_model(params).attention_maps(idx_1T))
 

@@ -28,8 +28,9 @@ def picture(path):
     return pixels
 
 
-def test_gradients(command, trained):
-    told = lines(command("inspect.py", trained, "--gradients"))
+def test_gradients(command, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")  # the picture goes into it
+    told = lines(command("inspect.py", run, "--gradients"))
     header, rows = told[0].split(), told[1:-3]
     assert header[:2] == ["tensor", "shape"]
     table = {row.split()[0]: row.split()[1:] for row in rows}
@@ -43,7 +44,7 @@ def test_gradients(command, trained):
         else:
             assert verdict == "healthy" and 1e-8 < float(figures[0]) < 1 and 0 < float(figures[2]) < 1
     assert "20 healthy, 0 vanishing, 0 exploding, 1 zero by design" in told[-3] and "1e-08" in told[-2]
-    picture(trained / "inspect" / "gradients.png")
+    picture(run / "inspect" / "gradients.png")
 
 
 def test_verdicts():
@@ -188,7 +189,7 @@ def test_no_run_and_a_folder_that_cannot_be_written(command, trained, tmp_path):
     done = command("inspect.py", tmp_path, "--gradients")
     assert done.returncode == 2 and "no run here" in done.stderr
     run = tmp_path / "run"
-    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("inspect"))
+    shutil.copytree(trained, run)
     (run / "inspect").write_text("in the way")
     done = command("inspect.py", run, "--attention", "la")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
