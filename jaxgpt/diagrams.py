@@ -3,21 +3,18 @@
 Axes: L layers, H heads, T time (queries), S time (keys).
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
 from jaxgpt.data_files import replacing
 from jaxgpt.diagnostics import EXPLODING, VANISHING, Flow, Surprise
-from jaxgpt.report import plt, save_figure
+from jaxgpt.report import drawable, plt, save_figure
 
 COLOURS = {
     "healthy": "tab:green",
@@ -29,33 +26,6 @@ LEAST = 1e-4  # probabilities below are all of the same colour
 UNSEEN = "0.92"
 FRAMES = 40  # of an animation, at most
 LINE = 56  # characters
-
-
-@contextlib.contextmanager
-def drawable(texts: Sequence[str], family: str = "DejaVu Sans") -> Iterator[list[str]]:
-    """The texts as they can be drawn inside: with installed fonts beside matplotlib's own where it lacks a character;
-    what no font has as its number."""
-    families, missing = [family], {ord(c) for text in texts for c in text}
-    missing -= _characters(font_manager.findfont(family))
-    if missing and family != "DejaVu Sans":
-        families.append("DejaVu Sans")
-        missing -= _characters(font_manager.findfont("DejaVu Sans"))
-    for font in font_manager.fontManager.ttflist:
-        if not missing:
-            break
-        found = missing & _characters(font.fname) if font.name not in families else set()
-        if found and not font.name.startswith("Last Resort"):  # it has a box for everything
-            families.append(font.name)
-            missing -= found
-    with plt.rc_context({"font.family": families}):
-        yield ["".join(f"U+{ord(c):04X}" if ord(c) in missing else c for c in text) for text in texts]
-
-
-def _characters(font: str) -> set[int]:
-    try:
-        return set(FT2Font(font).get_charmap())
-    except (OSError, RuntimeError):  # a font of another kind, or gone
-        return set()
 
 
 def gradient_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from jaxgpt.checks import require
 from jaxgpt.cli import parse_flags
 from jaxgpt.dot import require_place
 from jaxgpt.errors import UserError
@@ -48,22 +49,18 @@ class InspectFlags:
             raise UserError(f"{given[0] if given else 'RUN'}: {told}; give one of {', '.join(modes)}")
         if self.graph:
             require_place(self.graph)
-            _require(not self.out, "--out", "the graph is written to --graph's own file; leave it out")
-            _require(self.checkpoint == "result", "--checkpoint", "the graph is the same for all; leave it out")
+            require(not self.out, "out", self.out, "the graph is written to --graph's own file; leave it out")
+            require(self.checkpoint == "result", "checkpoint", self.checkpoint, "the graph is the same for all")
         else:
-            _require(self.level == "block", "--level", "has an effect only with --graph; leave it out")
+            require(self.level == "block", "level", self.level, "has an effect only with --graph; leave it out")
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: a picture is written as .png; name it so")
         if self.out and (self.out.is_dir() or len(self.out.name) > 200):
             raise UserError(f"--out {self.out}: no place for a picture; choose another name")
         if self.out and not self.out.absolute().parent.is_dir():
             raise UserError(f"--out {self.out}: its folder does not exist; make it, or choose another")
-        _require(not self.data_dir or self.gradients, "--data-dir", "has an effect only with --gradients; leave it out")
-
-
-def _require(ok: bool, name: str, remedy: str) -> None:
-    if not ok:
-        raise UserError(f"{name}: {remedy}")
+        needless = self.data_dir and not self.gradients
+        require(not needless, "data_dir", self.data_dir, "has an effect only with --gradients; leave it out")
 
 
 def main() -> None:

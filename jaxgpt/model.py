@@ -8,7 +8,6 @@ GELU and logits are computed in the stream's dtype.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxgpt import elementwise
 from jaxgpt.attention import AttentionImplementation, attention_weights, causal_attention
 from jaxgpt.config import ModelConfig
+from jaxgpt.elementwise import gelu
 from jaxgpt.versions import require_sound_jaxlib
 
 require_sound_jaxlib()
@@ -91,10 +92,15 @@ def linear(
     )
 
 
+class LayerNorm(nnx.LayerNorm):
+    """A LayerNorm as in PyTorch; computed by `elementwise.layer_norm`."""
+
+    def __call__(self, x: Array) -> Array:
+        return elementwise.layer_norm(x, self.scale[...], self.bias[...])
+
+
 def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm as in PyTorch: eps 1e-5, and the variance in two passes (E[x^2] - E[x]^2 cancels)."""
-    dtype = numerics.param_dtype
-    return nnx.LayerNorm(n_embd, epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return LayerNorm(n_embd, dtype=numerics.param_dtype, param_dtype=numerics.param_dtype, rngs=rngs)
 
 
 def keep_mask(row_key_B: Array, site: int, shape_TC: tuple[int, int], rate: float) -> Array:
@@ -160,29 +166,6 @@ class Attention(nnx.Module):
         else:
             parts = [W(x_NC) for W in projections]
         return [part.reshape(n_rows, -1, self.n_head, x_NC.shape[-1] // self.n_head) for part in parts]
-
-
-def gelu(x: Array, kind: str) -> Array:
-    """ "erf": x Phi(x), the exact one. "tanh": GPT-2's approximation."""
-    return jax.nn.gelu(x, approximate=True) if kind == "tanh" else _exact_gelu(x)
-
-
-@jax.custom_vjp
-def _exact_gelu(x: Array) -> Array:
-    """x Phi(x), computed from erf as in PyTorch; its derivative is Phi(x) + x phi(x).
-
-    `jax.nn.gelu` takes erfc, whose tail costs a second polynomial, and the derivative of JAX's erf an exponential in
-    two parts, for digits that are lost in the sum: a tenth of the time of the whole MLP on CPU (docs/benchmarks.md).
-    """
-    return _gelu_and_slope(x)[0]
-
-
-def _gelu_and_slope(x: Array) -> tuple[Array, Array]:
-    cdf = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-    return x * cdf, cdf + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-_exact_gelu.defvjp(_gelu_and_slope, lambda slope, grad: (slope * grad,))
 
 
 class MLP(nnx.Module):

@@ -1,13 +1,16 @@
 """Pictures of a run."""
 
+import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 from jaxgpt.data_files import replacing
 
@@ -26,7 +29,7 @@ def learning_curves(
         reports: the lines of metrics.jsonl.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+    _title(figure, title)
     at = [step + 1 for step, *_ in steps]
     loss = [row[1] for row in steps]
     left.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="train, each batch")
@@ -72,18 +75,18 @@ def comparison_curves(
     n_columns = max(1, min(4, 110 // (8 + max(len(label) for label, _, _ in runs))))
     size = (11, 4.4 + 0.21 * math.ceil(len(runs) / n_columns))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True, layout="constrained")
-    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+    _title(figure, title)
     colours = plt.get_cmap("tab10").colors if len(runs) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(runs)))
     span = max(1, min(50, max(len(steps) for _, steps, _ in runs) // 10))
     shown: list[float] = []
-    for colour, (label, steps, reports) in zip(colours, runs, strict=False):
+    for colour, (_, steps, reports) in zip(colours, runs, strict=False):
         loss = [row[1] for row in steps]
         mean = _running_mean(loss, span) if len(loss) >= span else loss
         at = [step + 1 for step, *_ in steps][len(loss) - len(mean) :]
         left.plot(at, mean, color=colour, linewidth=1.2, marker="o" if len(mean) == 1 else None, markersize=3.5)
         val_loss = [report["val_loss"] for report in reports]
         at = [report["step"] + 1 for report in reports]
-        right.plot(at, val_loss, color=colour, linewidth=1.2, marker="o", markersize=3.5, label=label)
+        right.plot(at, val_loss, color=colour, linewidth=1.2, marker="o", markersize=3.5)
         shown += mean + val_loss
     if shown:
         top = min(max(shown), 1.1 * max(steps[0][1] for _, steps, _ in runs if steps))
@@ -96,7 +99,10 @@ def comparison_curves(
     right.yaxis.set_tick_params(labelleft=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=n_columns, frameon=False)
+    with drawable([label for label, _, _ in runs]) as labels:
+        legend = figure.legend(right.lines, labels, loc="outside lower center", ncols=n_columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save_figure(figure, path)
 
 
@@ -120,17 +126,51 @@ def confusion_matrix(path: Path, title: str, confusion_KK: np.ndarray, labels: S
                 axes.text(column, row, f"{confusion_KK[row, column]:.0f}", ha="center", va="center", color=colour)
     shown = [label if len(label) <= 18 else label[:17] + "\u2026" for label in labels]
     turned = dict(rotation=90, ha="center") if n_classes > 8 else dict(rotation=30, ha="right")
-    axes.set_xticks(range(n_classes), shown, parse_math=False, **turned)
-    axes.set_yticks(range(n_classes), shown, parse_math=False)
+    with drawable(shown) as shown:
+        axes.set_xticks(range(n_classes), shown, parse_math=False, **turned)
+        axes.set_yticks(range(n_classes), shown, parse_math=False)
     axes.set(xlabel="predicted", ylabel="class")
-    axes.set_title(f"{title}: accuracy {accuracy:.3f}", parse_math=False)
+    with drawable([title]) as (title,):
+        axes.set_title(f"{title}: accuracy {accuracy:.3f}", parse_math=False)
     save_figure(figure, path)
+
+
+@contextlib.contextmanager
+def drawable(texts: Sequence[str], family: str = "DejaVu Sans") -> Iterator[list[str]]:
+    """The texts as they can be drawn inside: with installed fonts beside matplotlib's own where it lacks a character;
+    what no font has as its number."""
+    families, missing = [family], {ord(c) for text in texts for c in text}
+    missing -= _characters(font_manager.findfont(family))
+    if missing and family != "DejaVu Sans":
+        families.append("DejaVu Sans")
+        missing -= _characters(font_manager.findfont("DejaVu Sans"))
+    for font in font_manager.fontManager.ttflist:
+        if not missing:
+            break
+        found = missing & _characters(font.fname) if font.name not in families else set()
+        if found and not font.name.startswith("Last Resort"):  # it has a box for everything
+            families.append(font.name)
+            missing -= found
+    with plt.rc_context({"font.family": families}):
+        yield ["".join(f"U+{ord(c):04X}" if ord(c) in missing else c for c in text) for text in texts]
+
+
+def _characters(font: str) -> set[int]:
+    try:
+        return set(FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):  # a font of another kind, or gone
+        return set()
+
+
+def _title(figure: Any, title: str) -> None:
+    with drawable([title]) as (shown,):  # a text keeps the fonts that it was made with
+        figure.suptitle(shown, parse_math=False)
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG whole or not at all."""
     with replacing(path) as partial, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a title with characters that the font has not
+        warnings.simplefilter("ignore")  # a layout that long labels leave no room
         # tight: the square of a confusion matrix moves its labels over the figure's edge
         figure.savefig(partial, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)

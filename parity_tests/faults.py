@@ -49,6 +49,14 @@ def layer_norm(**changes: Any) -> Patch:
     return put(model, "layer_norm", mutated)
 
 
+def spread_held(_: Any) -> Any:
+    def mutated(x: Any, scale: Any, bias: Any) -> Any:
+        factor = jax.lax.stop_gradient(jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5))
+        return (x - x.mean(-1, keepdims=True)) * factor * scale + bias
+
+    return mutated
+
+
 def scores(change: Callable[..., Any]) -> Patch:
     """Attention written out once more, with a change: (scores before the mask, mask, head size, width) -> weights."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxgpt import batches, classifier, convert, diagnostics, loss, model, optimizer, train_step, trainer
+from jaxgpt import batches, classifier, convert, diagnostics, elementwise, loss, model, optimizer, train_step, trainer
 from jaxgpt.errors import UserError
 from jaxgpt.model import GPT
 from jaxgpt.train_step import Program
@@ -59,6 +59,7 @@ from parity_tests.faults import (
     softmax_in_bfloat16,
     softmax_with_sink,
     softmax_without_itself,
+    spread_held,
     square_as_it_is,
     square_transposed,
     sum_for_mean,
@@ -123,6 +124,7 @@ MUTANTS = [
     Mutant(
         "LayerNorm variance as E[x^2] - E[x]^2", layer_norm(use_fast_variance=True), ("ops float32", "ops", "model")
     ),
+    Mutant("LayerNorm's gradient with its spread held", wrap(elementwise, "layer_norm", spread_held), ("ops", *MODEL)),
     Mutant(
         "GELU tanh for erf, erf for tanh",
         wrap(model, "gelu", lambda real: lambda x, kind: real(x, {"erf": "tanh", "tanh": "erf"}[kind])),

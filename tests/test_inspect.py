@@ -86,24 +86,6 @@ def test_gradients_that_have_no_place_on_the_axis(tmp_path, recwarn):
     assert not recwarn.list and not list(tmp_path.glob("*.partial"))
 
 
-def test_every_character_can_be_drawn():
-    """What no font has comes as its number; `$` and backslashes stay what they are."""
-    from matplotlib import font_manager
-
-    from jaxgpt.diagrams import drawable
-    from jaxgpt.tokenizer import ByteTokenizer, CharTokenizer, visible
-
-    tokenizer = CharTokenizer("\n\r $A\\\u0301\u65e5")
-    texts = [visible(tokenizer, i) for i in range(tokenizer.vocab_size)]
-    assert texts[:3] == ["\u21b5", "U+000D", "\u2423"]
-    with drawable(texts) as shown:
-        assert shown[:6] == texts[:6]
-        fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]
-        covered = any(0x65E5 in font_manager.get_font(f.fname).get_charmap() for f in fonts)
-        assert shown[-1] == ("\u65e5" if covered else "U+65E5")
-    assert visible(ByteTokenizer(), 0xC3) == "\\xc3" and visible(ByteTokenizer(), 0x20) == "\u2423"
-
-
 def test_attention(command, trained, text, tmp_path):
     out = tmp_path / "maps.png"
     told = lines(command("inspect.py", trained, "--attention", text[:12], "--out", out))
