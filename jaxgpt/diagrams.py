@@ -76,13 +76,17 @@ def _points(
     axes: Any, points: list[tuple[float, int]], limits: tuple[float, float], colour: str, label: str | None = None
 ) -> None:
     """Values as points; 0 as a triangle at the left edge, what is not finite as one at the right."""
-    inside = [(value, row) for value, row in points if 0 < value < math.inf]
     style = dict(color=colour, markersize=5, zorder=3, linestyle="none", clip_on=False)
-    axes.plot([value for value, _ in inside], [row for _, row in inside], marker="o", label=label, **style)
-    zero = [row for value, row in points if value == 0]
-    broken = [row for value, row in points if not value < math.inf]
-    axes.plot([limits[0]] * len(zero), zero, marker="<", **style)
-    axes.plot([limits[1]] * len(broken), broken, marker=">", **style)
+    kinds = {
+        "o": [(value, row) for value, row in points if 0 < value < math.inf],
+        "<": [(limits[0], row) for value, row in points if value == 0],
+        ">": [(limits[1], row) for value, row in points if not value < math.inf],
+    }
+    for marker, drawn in kinds.items():
+        # A line of no points that is not clipped would take the figure's corner into the layout, which gives up then.
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), marker=marker, label=label, **style)
+            label = None  # one entry of the legend
 
 
 def attention_maps(path: Path, title: str, maps_LHTS: np.ndarray, tokens: Sequence[str]) -> None:

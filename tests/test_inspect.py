@@ -44,7 +44,11 @@ def test_gradients(command, trained, tmp_path):
         else:
             assert verdict == "healthy" and 1e-8 < float(figures[0]) < 1 and 0 < float(figures[2]) < 1
     assert "20 healthy, 0 vanishing, 0 exploding, 1 zero by design" in told[-3] and "1e-08" in told[-2]
-    picture(run / "inspect" / "gradients.png")
+    pixels = picture(run / "inspect" / "gradients.png")
+    height, width, _ = pixels.shape
+    blank = (pixels[height // 5 : height // 2, :, :3] == 1).all(axis=(0, 2))  # columns, beside the panels' rows
+    gaps = "".join("x "[int(b)] for b in blank).split("x")
+    assert max(map(len, gaps)) < 0.1 * width  # the panels fill the width
 
 
 def test_verdicts():
