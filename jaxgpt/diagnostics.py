@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxgpt.batches import Feed
-from jaxgpt.model import Params
+from jaxgpt.model import GPT, Params
 from jaxgpt.train_step import Program, Shards, TrainState
 
 VANISHING = 1e-8  # Adam's default epsilon: below it an update is no longer of the learning rate's size
@@ -120,13 +120,13 @@ def table(found: list[Flow]) -> str:
 def attention_maps(program: Program, params: Params, idx_T: np.ndarray) -> np.ndarray:
     """How much each token attends to each, [L, H, T, S] in the parameters' dtype, T at most a block."""
     assert 1 <= len(idx_T) <= program.config.model.block_size
-    return np.asarray(compiled_maps(program)(params, np.asarray(idx_T, np.int32)[None]))[0]
+    return np.asarray(_compiled_maps(program.exact_model)(params, np.asarray(idx_T, np.int32)[None]))[0]
 
 
 @lru_cache(1)
-def compiled_maps(program: Program) -> Callable[[Params, Any], Array]:
-    """Kept, as training looks again and again."""
-    return jax.jit(lambda params, idx_1T: program.exact_model(params).attention_maps(idx_1T))
+def _compiled_maps(model: Callable[[Params], GPT]) -> Callable[[Params, Any], Array]:
+    """Kept, as training looks again and again; as in generation, for this very model and not for an equal one."""
+    return jax.jit(lambda params, idx_1T: model(params).attention_maps(idx_1T))
 
 
 class Surprise(NamedTuple):

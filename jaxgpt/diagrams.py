@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from jaxgpt.data_files import replacing
 from jaxgpt.diagnostics import EXPLODING, VANISHING, Flow, Surprise
-from jaxgpt.report import drawable, plt, save_figure
+from jaxgpt.report import drawable, plt, save_figure, set_title
 
 COLOURS = {
     "healthy": "tab:green",
@@ -34,17 +34,12 @@ def gradient_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
     Args:
         path: the PNG to write.
     """
-    with drawable([title]) as (title,):
-        _draw_flow(path, title, flows)
-
-
-def _draw_flow(path: Path, title: str, flows: Sequence[Flow]) -> None:
     rows = np.arange(len(flows))
     ratios = [f.update_ratio for f in flows]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.6 + 0.17 * len(flows)), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
-    figure.suptitle(title, parse_math=False)
+    set_title(figure, title)
     limits, ratio_limits = _limits([f.mean_abs for f in flows], 1e-9, 10), _limits(ratios)
     for verdict, colour in COLOURS.items():
         chosen = [row for row in rows if flows[row].verdict == verdict]

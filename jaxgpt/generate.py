@@ -76,7 +76,7 @@ def generate_batch(
     n_rows, n_time = prompt_BT.shape
     assert n_rows and n_time
     block_size = config.block_size
-    read_window, read_token = compiled(model, config, n_rows, sampling)
+    read_window, read_token = _compiled(model, config, n_rows, sampling)
     context_BT, cache = np.asarray(prompt_BT, np.int32)[:, -block_size:], None
     for i in range(sampling.max_new_tokens):
         n_read = context_BT.shape[1]
@@ -95,7 +95,7 @@ def generate_batch(
 
 
 @lru_cache(2)
-def compiled(
+def _compiled(
     model: Callable[[Params], GPT], config: ModelConfig, n_rows: int, sampling: SamplingConfig
 ) -> tuple[Callable, Callable]:
     """The two programs that read: a whole window, and one more token. Kept, as training samples again and again."""

@@ -100,7 +100,9 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return LayerNorm(n_embd, dtype=numerics.param_dtype, param_dtype=numerics.param_dtype, rngs=rngs)
+    return LayerNorm(
+        n_embd, epsilon=elementwise.EPSILON, dtype=numerics.param_dtype, param_dtype=numerics.param_dtype, rngs=rngs
+    )
 
 
 def keep_mask(row_key_B: Array, site: int, shape_TC: tuple[int, int], rate: float) -> Array:

@@ -29,7 +29,7 @@ def learning_curves(
         reports: the lines of metrics.jsonl.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _title(figure, title)
+    set_title(figure, title)
     at = [step + 1 for step, *_ in steps]
     loss = [row[1] for row in steps]
     left.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="train, each batch")
@@ -75,7 +75,7 @@ def comparison_curves(
     n_columns = max(1, min(4, 110 // (8 + max(len(label) for label, _, _ in runs))))
     size = (11, 4.4 + 0.21 * math.ceil(len(runs) / n_columns))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharex=True, sharey=True, layout="constrained")
-    _title(figure, title)
+    set_title(figure, title)
     colours = plt.get_cmap("tab10").colors if len(runs) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(runs)))
     span = max(1, min(50, max(len(steps) for _, steps, _ in runs) // 10))
     shown: list[float] = []
@@ -162,7 +162,8 @@ def _characters(font: str) -> set[int]:
         return set()
 
 
-def _title(figure: Any, title: str) -> None:
+def set_title(figure: Any, title: str) -> None:
+    """A figure's title, whatever its characters."""
     with drawable([title]) as (shown,):  # a text keeps the fonts that it was made with
         figure.suptitle(shown, parse_math=False)
 

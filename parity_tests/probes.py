@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from jaxgpt import diagnostics, generate
 from parity_tests.harness import Row
 from parity_tests.ladder import RAISED
 from parity_tests.rungs import (
@@ -68,19 +67,6 @@ PROBES: dict[str, Callable[[], Iterator[Row]]] = {
 
 def probe(rung: str) -> Row:
     """The worst row of one rung; what raises has failed with an infinite signal."""
-    _forget_programs()  # one compiled without the fault would hide it,
-    try:
-        return _worst_of(rung)
-    finally:
-        _forget_programs()  # and one compiled with it would stay
-
-
-def _forget_programs() -> None:
-    for kept in (diagnostics.compiled_maps, generate.compiled):
-        kept.cache_clear()
-
-
-def _worst_of(rung: str) -> Row:
     try:
         return max((row for row in PROBES[rung]() if not row.not_run), key=lambda row: row.signal)
     except Exception as e:
