@@ -83,12 +83,16 @@ class ClassifierProgram(Program):
 
     def evaluate(self, params: Params, idx_BT: Array, label_B: Array, shards: Shards) -> Any:
         """Sum of the loss over the texts that are not ABSENT, their number, and the confusion [class, predicted]."""
-        idx_BT, label_B = shards.rows(idx_BT), shards.rows(label_B)
-        logits_BK = self.logits(self.exact_model(params), idx_BT)
-        loss, count = cross_entropy(logits_BK, jnp.maximum(label_B, 0), label_B != ABSENT)
-        true_BK = jax.nn.one_hot(label_B, self.n_classes)  # a row of zeros for ABSENT
-        predicted_BK = jax.nn.one_hot(jnp.argmax(logits_BK, -1), self.n_classes)
-        return shards.total((loss, count, true_BK.T @ predicted_BK))
+        model = self.exact_model(params)
+
+        def sums(idx_BT: Array, label_B: Array) -> tuple[Array, Array, Array]:
+            logits_BK = self.logits(model, idx_BT)
+            loss, count = cross_entropy(logits_BK, jnp.maximum(label_B, 0), label_B != ABSENT)
+            true_BK = jax.nn.one_hot(label_B, self.n_classes)  # a row of zeros for ABSENT
+            predicted_BK = jax.nn.one_hot(jnp.argmax(logits_BK, -1), self.n_classes)
+            return loss, count, true_BK.T @ predicted_BK
+
+        return shards.summed(sums, shards.rows(idx_BT), shards.rows(label_B))
 
 
 class EpochOrder:

@@ -169,6 +169,15 @@ class RunConfig:
         """Whether attention and loss stop at the ends of packed texts."""
         return False
 
+    @property
+    def n_time(self) -> int:
+        """Tokens of a row of a batch."""
+        return self.model.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.n_time
+
     def check_run(self) -> None:
         """Raises `UserError` for a value out of its range."""
         require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
@@ -312,6 +321,10 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
     """Updates: what the epochs come to."""
 
     eval_every: ClassVar[int] = 0  # after each epoch
+
+    @property
+    def n_time(self) -> int:
+        return self.max_tokens
 
     def __post_init__(self):
         self.check_run()

@@ -91,7 +91,7 @@ def finetune(
         return 0
     display.line(
         f"{data.name} ({len(train):,} texts to train on and {len(data.test):,} to test on, {len(data.labels)} classes) "
-        f"from {base} after {base_step} steps, on {parallel.describe_devices()} in {config.dtype}"
+        f"from {base} after {base_step} steps, on {executor.describe_devices()} in {config.dtype}"
     )
     display.line(f"run folder: {run.path}")
 
@@ -133,7 +133,6 @@ class Classification:
         config = run.config
         self.run, self.executor, self.test = run, executor, data["test"]
         self.title = f"{config.dataset.rsplit('/')[-1]}, --pool {config.pool}"
-        self.tokens_per_step = config.batch_size * config.max_tokens
         order = EpochOrder(config.seed, len(data["train"][0]), config.batch_size)
         self.steps_per_epoch = order.steps_per_epoch
         self.loader = RowLoader(*data["train"], order, executor.put)

@@ -92,7 +92,7 @@ def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None
     from jaxgpt.trained import split_of
 
     train_N = split_of(run, "train", flags.data_dir)
-    loader = make_loader(train_N, Order(run.config, len(train_N)), executor.put, "auto")
+    loader = make_loader(train_N, Order(run.config, len(train_N)), executor, "auto")
     step = int(state.step)
     flow = executor.compiled(partial(diagnostics.gradient_flow, executor.program))
     found = diagnostics.flows(flow(state, loader.take(step, 1)), state.params)

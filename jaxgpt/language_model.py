@@ -72,7 +72,7 @@ def train(
         return 0
     display.line(
         f"{config.preset} on {corpus.name} ({len(data.train_N):,} training and {len(data.val_N):,} validation "
-        f"tokens, vocabulary {tokenizer.vocab_size}) on {parallel.describe_devices()} in {config.dtype}, "
+        f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
         f"--parallel {config.parallel}"
     )
     display.line(f"run folder: {run.path}")
@@ -101,10 +101,9 @@ class LanguageModel:
         config, self.say = run.config, say
         self.run, self.executor, self.prompt, self.val_N = run, executor, prompt, data.val_N
         self.title = f"{config.preset} on {config.dataset.rsplit('/')[-1]}"
-        self.tokens_per_step = config.batch_size * config.model.block_size
         order = Order(config, len(data.train_N))
         self.steps_per_epoch = order.steps_per_epoch
-        self.loader = make_loader(data.train_N, order, executor.put, loader)
+        self.loader = make_loader(data.train_N, order, executor, loader)
         self._val_starts = jax.jit(self._draw_val_starts)
         self._flow = executor.compiled(partial(diagnostics.gradient_flow, executor.program))
         self.map_ids_T = np.asarray(data.val_N[: min(MAP_TOKENS, config.model.block_size)], np.int32)
@@ -211,5 +210,6 @@ class LanguageModel:
         sampling = SamplingConfig(
             config.sample_tokens, config.sample_temperature, config.sample_top_k, seed=config.seed
         )
+        params = parallel.on_one_device(params)
         ids = generate(program.exact_model, params, config.model, tokenizer.encode(self.prompt), sampling)
         return self.prompt + decode(tokenizer, ids)

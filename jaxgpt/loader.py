@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxgpt.batches import Order, Resident, Streamed, steps_at_once
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import Executor
 
 BYTES_AHEAD = 2**25  # of windows on their way to the device
 
@@ -99,14 +99,14 @@ class HostLoader:
 Loader = DeviceLoader | HostLoader
 
 
-def make_loader(tokens_N: np.ndarray, order: Order, put: Callable[[Any], Any], where: str) -> Loader:
+def make_loader(tokens_N: np.ndarray, order: Order, executor: Executor, where: str) -> Loader:
     """The loader that is asked for: "device", "host", or "auto", which takes the host if the tokens are many.
 
-    Many is more than 256 MiB on a CPU, or an eighth of an accelerator's memory.
+    Raises:
+        UserError: more tokens than "device" can number.
     """
     if where == "auto":
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**31) // 8
-        where = "device" if tokens_N.nbytes <= limit and len(tokens_N) < 2**31 else "host"
+        where = "device" if tokens_N.nbytes <= executor.bytes_for_tokens and len(tokens_N) < 2**31 else "host"
     if where == "device" and len(tokens_N) >= 2**31:
         raise UserError(f"--loader device: {len(tokens_N):,} tokens are more than it can number; leave it out")
-    return DeviceLoader(tokens_N, order, put) if where == "device" else HostLoader(tokens_N, order)
+    return DeviceLoader(tokens_N, order, executor.put) if where == "device" else HostLoader(tokens_N, order)

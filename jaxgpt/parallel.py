@@ -2,7 +2,8 @@
 
 In both, the state is whole on every device and has no device axis, the tokens are whole on every device, and the batch
 is divided: a step computes which rows are its own. What is compiled takes the number of steps as an argument, so one
-program serves every dispatch.
+program serves every dispatch. A CPU's cores are devices, too: each takes its rows a few at a time, which stay in its
+cache, instead of sharing every small operation with the others (docs/benchmarks.md).
 """
 
 import contextlib
@@ -23,13 +24,21 @@ from jaxgpt.batches import Feed
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.model import Numerics
-from jaxgpt.train_step import Program, Shards, TrainState
+from jaxgpt.train_step import ALONE, Program, Shards, TrainState
 
 AXIS = "data"
+# On a CPU, of several devices:
+TOKENS_AT_ONCE = 256  # of a device's rows; their activations fit a core's cache
+LEAST_TOKENS = 64  # of a device in a step: fewer cost more to add up than they save
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+MOST_PARAMETERS = 2**24  # each device adds up, updates and holds its own; at 29 million nothing is gained
 
 
 def prepare(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
-    """Process-wide settings, before the first array: float64 if asked for, exact products, the compilation cache."""
+    """Process-wide settings, before the first array: CPU devices, float64 if asked for, exact products, the cache."""
+    if not _cpu_devices_are_given() and jax.config.jax_num_cpu_devices < 0:
+        with contextlib.suppress(RuntimeError):  # there are arrays already, as in a notebook: it stays at one device
+            jax.config.update("jax_num_cpu_devices", usable_cores())
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # TF32 on GPU and bfloat16 passes on TPU are not float32; bfloat16 operands are not affected.
@@ -72,11 +81,30 @@ def _has_flash_attention(head_size: int) -> bool:
     return generation >= 8 and head_size % 8 == 0 and head_size <= (256 if generation >= 9 else 128)
 
 
-def describe_devices() -> str:
-    """The devices for a person: "8 x TFRT_CPU" or the accelerator's name."""
-    devices = jax.local_devices()
-    kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-    return f"{len(devices)} x {kind}" if len(devices) > 1 else kind
+def _cpu_devices_are_given() -> bool:
+    """Whether the user says how many CPU devices there are."""
+    return "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: of its affinity, and of a container's quota."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" or "150000 100000": microseconds, and of how many
+        quota, period = CPU_QUOTA.read_text().split()
+        n_cores = min(n_cores, max(1, int(quota) // int(period)))
+    return n_cores
+
+
+def devices_for(program: Program) -> list[Any]:
+    """All local devices; of a CPU's cores as many as divide the batch, and only where that is faster."""
+    devices, config = jax.local_devices(), program.config
+    if devices[0].platform != "cpu" or _cpu_devices_are_given():
+        return devices
+    shapes = jax.eval_shape(program.init_params)
+    if sum(math.prod(p.shape) for p in shapes.values()) > MOST_PARAMETERS:
+        return devices[:1]
+    most = min(len(devices), config.tokens_per_step // LEAST_TOKENS)
+    return devices[: max(n for n in range(1, max(most, 1) + 1) if config.batch_size % n == 0)]
 
 
 def one_device() -> list[Any]:
@@ -84,15 +112,20 @@ def one_device() -> list[Any]:
     return jax.local_devices()[:1]
 
 
+def on_one_device(tree: Any) -> Any:
+    """A state's arrays on the first device alone; what is computed from them is not computed on every device."""
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
 class Executor:
-    """A configuration's program, compiled for all local devices.
+    """A configuration's program, compiled for `devices_for` it, or for the devices given.
 
     Raises:
         UserError: the batch does not divide by the devices.
     """
 
     def __init__(self, program: Program, devices: list[Any] | None = None):
-        devices = devices if devices is not None else jax.local_devices()
+        devices = devices if devices is not None else devices_for(program)
         config = program.config
         if config.batch_size % len(devices):
             raise UserError(
@@ -104,6 +137,18 @@ class Executor:
         self._build = _jit if config.parallel == "jit" else _pmap
         self._updates = self._build(program.updates, self.mesh, donate=True)
         self._evaluate = self.compiled(program.evaluate)
+
+    def describe_devices(self) -> str:
+        """The devices for a person: "CPU", "2 x CPU" or the accelerator's name."""
+        devices = list(self.mesh.devices.flat)
+        kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+        return f"{self.mesh.size} x {kind}" if self.mesh.size > 1 else kind
+
+    @property
+    def bytes_for_tokens(self) -> int:
+        """How many bytes of tokens the devices keep: an eighth of an accelerator's memory, 256 MiB on a CPU in all."""
+        stats = self.mesh.devices.item(0).memory_stats() or {}
+        return stats["bytes_limit"] // 8 if "bytes_limit" in stats else 2**28 // self.mesh.size
 
     def compiled(self, function: Callable) -> Callable:
         """A pure function (first, *rest, shards) compiled for the devices, to be called without its shards."""
@@ -155,36 +200,63 @@ def _flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
+def _shards(mesh: Mesh, index: Array) -> Shards:
+    """The share of the device number `index`: its rows in order, and sums over all."""
+    on_cpu = mesh.devices.item(0).platform == "cpu"
+
+    def rows(x_B: Array) -> Array:
+        rows_each = x_B.shape[0] // mesh.size
+        return lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each)
+
+    def total(tree: Any) -> Any:
+        # A sum over CPU devices is a meeting of their threads, which costs more than what it adds up: one for all
+        # arrays, not one for each. XLA does that by itself elsewhere.
+        return _as_one(lambda x: lax.psum(x, AXIS), tree) if on_cpu else lax.psum(tree, AXIS)
+
+    return Shards(rows, total, TOKENS_AT_ONCE if on_cpu and mesh.size > 1 else None)
+
+
+def _as_one(function: Callable[[Array], Array], tree: Any) -> Any:
+    """A function of single numbers, of the tree's arrays laid end to end, for each dtype."""
+    leaves, form = jax.tree.flatten(tree)
+    for dtype in {x.dtype: None for x in leaves}:
+        of_dtype = [k for k, x in enumerate(leaves) if x.dtype == dtype]
+        ends = np.cumsum([leaves[k].size for k in of_dtype])
+        flat_N = function(jnp.concatenate([leaves[k].ravel() for k in of_dtype]))
+        for k, part in zip(of_dtype, jnp.split(flat_N, ends[:-1]), strict=True):
+            leaves[k] = part.reshape(leaves[k].shape)
+    return jax.tree.unflatten(form, leaves)
+
+
 def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:
-    """One program for all devices; the compiler divides it along the batch and inserts the sums."""
-    by_row, whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
-    shards = Shards(rows=lambda x_B: lax.with_sharding_constraint(x_B, by_row), total=lambda tree: tree)
+    """One program for all devices, each with its index in the mesh."""
+    whole = PartitionSpec()
 
     def program(*args):
-        return function(*args, shards)
+        return function(*args, _shards(mesh, lax.axis_index(AXIS)) if mesh.size > 1 else ALONE)
 
-    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=whole)
+    # check_vma would put sums of its own into the gradients of what is whole everywhere: ours are written out.
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    return jax.jit(
+        mapped if mesh.size > 1 else program,
+        donate_argnums=0 if donate else (),
+        out_shardings=NamedSharding(mesh, whole),
+    )
 
 
 def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:
-    """The same program on each device, told its index; sums are written out as psum."""
-    devices = list(mesh.devices.flat)
-
-    def rows(x_B: Array, index: Array) -> Array:
-        rows_each = x_B.shape[0] // len(devices)
-        return lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each)
+    """The same program on each device, told its index."""
 
     def program(first, rest, index):
-        shards = Shards(rows=lambda x_B: rows(x_B, index), total=lambda tree: lax.psum(tree, AXIS))
-        return function(first, *rest, shards)
+        return function(first, *rest, _shards(mesh, index))
 
     mapped = jax.pmap(
         program,
         axis_name=AXIS,
         in_axes=(None, None, 0),
         out_axes=None,
-        devices=devices,
+        devices=list(mesh.devices.flat),
         donate_argnums=0 if donate else (),
     )
-    index_D = jnp.arange(len(devices), dtype=jnp.int32)
+    index_D = jnp.arange(mesh.size, dtype=jnp.int32)
     return lambda first, *rest: mapped(first, rest, index_D)

@@ -6,7 +6,7 @@ Axes: B rows of the global batch (of this program's share after `shards.rows`), 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,32 @@ class Shards:
 
     rows: Callable[[Array], Array]  # the global batch's rows [B, ...] -> those of this program
     total: Callable[[Any], Any]  # a tree of sums over this program's rows -> over all rows
+    tokens_at_once: int | None = None  # its rows are computed in parts of at most so many tokens; None: all at once
+
+    def rows_at_once(self, n_rows: int, n_time: int) -> int:
+        """Of `n_rows` rows of this program, T tokens each, how many are computed together; it divides them."""
+        most = n_rows if self.tokens_at_once is None else max(1, self.tokens_at_once // n_time)
+        return max(n for n in range(1, min(most, n_rows) + 1) if n_rows % n == 0)
+
+    def summed(self, sums: Callable[..., Any], *batch: Array | None) -> Any:
+        """The sums over a batch: over this program's rows part by part, then over those of all programs.
+
+        Args:
+            sums: of a batch's arrays, its sums over the rows as a tree.
+            batch: this program's rows, [B, T] the first; an array may be absent.
+        """
+        n_rows, n_time = jnp.shape(batch[0])
+        together = self.rows_at_once(n_rows, n_time)
+        if together == n_rows:
+            return self.total(sums(*batch))
+        parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), batch)
+
+        def add(total: Any, part: tuple[Array | None, ...]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, sums(*part)), None
+
+        shapes = jax.eval_shape(sums, *jax.tree.map(lambda x: x[0], parts))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return self.total(lax.scan(add, nothing, parts)[0])
 
 
 ALONE = Shards(rows=lambda x_B: x_B, total=lambda tree: tree)  # one program that has all rows
@@ -106,9 +132,9 @@ class Program:
         self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None, shards: Shards
     ) -> tuple[Array, Params]:
         """The mean loss over the whole batch, and its gradient by name."""
-        sums = jax.value_and_grad(self.loss_sum, has_aux=True)(params, idx_BT, target_BT, row_key_B)
+        loss_and_grads = partial(jax.value_and_grad(self.loss_sum, has_aux=True), params)
         # Sums over all devices first, one division, and only then the clip: it must see the whole batch's gradient.
-        (loss, count), grads = shards.total(sums)
+        (loss, count), grads = shards.summed(loss_and_grads, idx_BT, target_BT, row_key_B)
         return loss / count, jax.tree.map(lambda g: g / count, grads)
 
     def update(
@@ -162,6 +188,9 @@ class Program:
 
     def evaluate(self, params: Params, window_BT: Array, counts_BT: Array, shards: Shards) -> tuple[Array, Array]:
         """Sum of the loss over the targets of windows that count, and their number."""
-        idx_BT, target_BT = batches.inputs_and_targets(shards.rows(window_BT))
-        sums = self._token_loss(self.exact_model(params), idx_BT, target_BT, None, shards.rows(counts_BT))
-        return shards.total(sums)
+        model = self.exact_model(params)
+
+        def sums(idx_BT: Array, target_BT: Array, counts_BT: Array) -> tuple[Array, Array]:
+            return self._token_loss(model, idx_BT, target_BT, None, counts_BT)
+
+        return shards.summed(sums, *batches.inputs_and_targets(shards.rows(window_BT)), shards.rows(counts_BT))

@@ -42,7 +42,6 @@ class Task(Protocol):
     loader: Loader
     watches: Sequence[Watch]
     steps_per_epoch: int | None
-    tokens_per_step: int
     title: str
 
     def validate(self, params: Any, step: int, n_batches: int | None = None) -> dict[str, float]:
@@ -211,7 +210,7 @@ class Trainer:
             "tokens_per_s": self.tokens_per_s,
             "first_step_s": self.first_step_s,
             "wall_s": time.perf_counter() - self.started,
-            "device": parallel.describe_devices(),
+            "device": self.executor.describe_devices(),
             "dtype": config.dtype,
             "versions": versions(),
             "data_sha256": run.data_sha256,
@@ -311,7 +310,7 @@ class Trainer:
         return LossNotFinite(f"{what}; {kept}; try a lower --lr or --clip 1 in another --out-dir")
 
     def _tokens(self, steps: int) -> int:
-        return steps * self.task.tokens_per_step
+        return steps * self.config.tokens_per_step
 
     def _draw(self) -> None:
         from jaxgpt.report import learning_curves  # imports matplotlib, which the first step need not wait for

@@ -1,8 +1,12 @@
 """PyTorch is set up for comparisons during these tests only."""
 
+import jax
 import pytest
 
+from parity_tests.rungs.devices import N_DEVICES
 from parity_tests.sides import prepare_torch
+
+jax.config.update("jax_num_cpu_devices", N_DEVICES)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from parity_tests.rungs import (
     accelerator,
     bfloat16,
     classification,
+    devices,
     files,
     gpt2,
     inside,
@@ -53,6 +54,7 @@ RUNGS: dict[str, RungFunction] = {
         randomness.rung_dropout,
         randomness.rung_text,
         randomness.rung_g_test,
+        devices.rung_devices,
         classification.rung_classification,
         inside.rung_gradient_report,
         inside.rung_maps,
@@ -139,9 +141,11 @@ def in_processes(
 
 
 def prepare_process(n_threads: int) -> None:
-    """PyTorch as it must be in a process of the pool."""
+    """PyTorch as it must be in a process of the pool, and JAX with the CPU devices that a rung divides a batch over."""
+    import jax
     import torch
 
+    jax.config.update("jax_num_cpu_devices", devices.N_DEVICES)
     torch.set_num_threads(n_threads)
     prepare_torch()
 

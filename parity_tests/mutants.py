@@ -16,6 +16,7 @@ from jaxgpt import batches, classifier, convert, diagnostics, elementwise, loss,
 from jaxgpt.errors import UserError
 from jaxgpt.model import GPT
 from jaxgpt.train_step import Program
+from parity_tests import device_faults
 from parity_tests.faults import (
     Patch,
     adam_eps_inside_root,
@@ -382,4 +383,5 @@ MUTANTS = [
         ("early_stopping",),
     ),
     Mutant("c_attn split as key, query, value", wrap(convert, "writeup_names", key_before_query), ("gpt2",)),
+    *(Mutant(name, patch, ("devices",)) for name, patch in device_faults.FAULTS.items()),
 ]

@@ -8,6 +8,7 @@ from parity_tests.ladder import RAISED
 from parity_tests.rungs import (
     bfloat16,
     classification,
+    devices,
     files,
     gpt2,
     inside,
@@ -55,6 +56,7 @@ PROBES: dict[str, Callable[[], Iterator[Row]]] = {
     "gpt2": lambda: gpt2.rung_gpt2(True),
     "packing": lambda: packing.rung_packing(True),
     "packed documents": lambda: whole_model.compare_model(packing.documents_case(), "float64"),
+    "devices": lambda: devices.compare_batch("jit", "float64"),
     "classification": lambda: classification.compare_batch("last_token", ("float64",)),
     "classification, mean": lambda: classification.compare_batch("mean", ("float64",)),
     "classification, accuracy": lambda: classification.compare_accuracy("last_token"),

@@ -134,7 +134,7 @@ _keep_mask = jax.jit(keep_mask, static_argnums=(1, 2, 3))
 
 def small(name: str, preset: str = "minigpt", model: ModelConfig = SIZES, **changes: Any) -> Case:
     """A case at the sizes above, other values from a preset."""
-    return Case(name, dataclasses.replace(PRESETS[preset], batch_size=BATCH, model=model, **changes))
+    return Case(name, dataclasses.replace(PRESETS[preset], **{"batch_size": BATCH, "model": model, **changes}))
 
 
 def preset_cases() -> list[Case]:
@@ -264,9 +264,9 @@ def flax_results_of(
 class FlaxTraining:
     """The trainer's own compiled program over the case's tokens, from the case's weights."""
 
-    def __init__(self, case: Case, precision: str):
+    def __init__(self, case: Case, precision: str, devices: list[Any] | None = None):
         program = program_of(case, precision)
-        self.executor = parallel.Executor(program, jax.devices()[:1])
+        self.executor = parallel.Executor(program, devices or jax.devices()[:1])
         params = flax_params(case, program)
         opt_state = program.optimizer.init(params)
         self.state = self.executor.put(TrainState(np.int32(0), params, opt_state))

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_num_cpu_devices", 2)  # as a machine of two cores has, on any
 
 # A model that compiles in about a second and learns the text's letters within a hundred steps.
 SMALL = (

@@ -1,4 +1,4 @@
-"""jit on one device, jit on eight and pmap on eight are the same training; one program serves every dispatch."""
+"""jit and pmap on one, two and eight devices are the same training; one program serves every dispatch."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint8)
 # float32: sums over other groupings of rows; 3 units in the last place measured, of the 4 that 1e-6 allows.
 # Dropout as well: its masks belong to rows, so they do not depend on the devices either.
 @pytest.mark.parametrize("dtype, dropout, gate", [("float64", 0, 1e-10), ("float32", 0, 1e-6), ("float64", 0.2, 1e-10)])
-def test_one_device_eight_and_pmap_give_the_same_losses(tmp_path, dtype, dropout, gate):
+def test_one_device_and_several_give_the_same_losses(tmp_path, dtype, dropout, gate):
     script = Path(__file__).with_name("device_losses.py")
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     out = subprocess.run(
@@ -34,9 +34,9 @@ def test_one_device_eight_and_pmap_give_the_same_losses(tmp_path, dtype, dropout
     one = runs["jit 1"]
     assert len(one["loss"]) == 50 and len(set(one["loss"])) == 50 and np.isfinite(one["loss"]).all()
     assert max(one["grad_norm"]) > 0.1  # the clip was at work
-    assert len(runs) == 3
+    assert len(runs) == 4
     for run in runs.values():
-        assert not run["shapes_have_device_axis"] and run["step"] == 50 and run["count"] == 40 * 24
+        assert not run["shapes_have_device_axis"] and run["step"] == 50 and run["count"] == 80 * 24
         np.testing.assert_allclose(run["loss"], one["loss"], rtol=0, atol=gate)
         np.testing.assert_allclose(run["grad_norm"], one["grad_norm"], rtol=gate)
         np.testing.assert_allclose(run["whole"], one["whole"], rtol=gate)
@@ -52,15 +52,16 @@ def test_a_batch_that_does_not_divide_is_refused(kind):
         parallel.Executor(program, jax.devices()[:1] * 2)
 
 
+@pytest.mark.parametrize("n_devices", [1, 2])
 @pytest.mark.parametrize("kind, where", [("jit", "device"), ("pmap", "device"), ("jit", "host"), ("pmap", "host")])
-def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, where, caplog):
+def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, where, n_devices, caplog):
     import dataclasses
 
     config = dataclasses.replace(SMALL, parallel=kind)
 
     def trained(dispatches, where):
-        executor = parallel.Executor(Program(config, 50, parallel.numerics(config)))
-        loader = make_loader(TOKENS, Order(config, len(TOKENS)), executor.put, where)
+        executor = parallel.Executor(Program(config, 50, parallel.numerics(config)), jax.devices()[:n_devices])
+        loader = make_loader(TOKENS, Order(config, len(TOKENS)), executor, where)
         state, none = executor.updates(executor.init_state(), loader.take(0, 0), 0)
         assert none.shape == (0, 2)
         rows = []
@@ -80,9 +81,65 @@ def test_one_program_serves_every_number_of_steps_bit_for_bit(kind, where, caplo
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "batch_size, n_devices, n_cores",
+    [
+        (32, 2, 2),
+        (31, 1, 2),  # a batch that nothing divides
+        (12, 6, 8),
+        (10, 5, 8),
+        (3, 1, 8),  # 96 tokens are too few for three
+        (64, 8, 8),
+    ],
+)
+def test_a_cpus_cores_are_devices_where_it_pays(batch_size, n_devices, n_cores, monkeypatch):
+    import dataclasses
+
+    config = dataclasses.replace(SMALL, batch_size=batch_size, model=dataclasses.replace(SMALL.model, block_size=32))
+    program, device = Program(config, 50, parallel.numerics(config)), jax.local_devices()[0]
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_cores)
+    assert parallel.devices_for(program) == [device] * n_devices
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=2, n_embd=1024))
+    assert parallel.devices_for(Program(wide, 50, program.numerics)) == [device]  # 25 million parameters
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(n_cores))  # the user says so
+    assert parallel.devices_for(program) == [device] * n_cores
+
+
+def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "CPU_QUOTA", tmp_path / "none")
+    n_cores = parallel.usable_cores()
+    assert n_cores >= 1
+    for quota, expected in (("max 100000", n_cores), ("50000 100000", 1), ("150000 100000", 1), ("9900000 100000", 99)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        monkeypatch.setattr(parallel, "CPU_QUOTA", tmp_path / "cpu.max")
+        assert parallel.usable_cores() == min(expected, n_cores)
+
+
+def test_sums_over_devices_are_laid_end_to_end_by_dtype():
+    tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": [np.int32(4), np.zeros((0, 2), np.float32)]}
+    tree |= {"c": np.float32(7), "d": np.arange(3, dtype=np.int32)}
+    seen = []
+
+    def doubled(x_N):
+        seen.append((x_N.dtype.name, x_N.shape))
+        return 2 * x_N
+
+    found = parallel._as_one(doubled, jax.tree.map(jax.numpy.asarray, tree))
+    assert seen == [("float32", (7,)), ("int32", (4,))]
+    jax.tree.map(lambda ours, x: np.testing.assert_array_equal(ours, 2 * x, strict=True), found, tree)
+
+
+def test_rows_of_a_part_divide_the_rows():
+    rows_at_once = parallel.Shards(None, None, 256).rows_at_once
+    assert [rows_at_once(*shape) for shape in ((16, 128), (6, 64), (16, 24), (7, 64), (3, 1024), (5, 8))] == (
+        [2, 3, 8, 1, 1, 5]
+    )
+    assert parallel.Shards(None, None).rows_at_once(16, 128) == 16
+
+
 def test_the_loss_reported_is_the_one_before_the_update():
     executor = parallel.Executor(Program(SMALL, 50, parallel.numerics(SMALL)))
-    loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor.put, "auto")
+    loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor, "auto")
     _, metrics = executor.updates(executor.init_state(), loader.take(0, 1), 1)
     assert metrics[0, 0] == pytest.approx(np.log(50), abs=0.05)  # of an untrained model
 

@@ -50,7 +50,7 @@ class WholeRun:
         )
         self.order = Order(config, len(data.train_N))
         program = Program(config, data.tokenizer.vocab_size, parallel.numerics(config), data.tokenizer.end_of_text)
-        self.executor = parallel.Executor(program, parallel.one_device())
+        self.executor = parallel.Executor(program)  # over the devices that the trainer would take
 
     def side(self, name: str) -> tuple[float, float]:
         """The validation loss of "ours" or "torch", and the seconds that it took."""

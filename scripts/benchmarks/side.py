@@ -47,7 +47,9 @@ class Ours:
         self.config, self.vocab_size, tokens_N = load_plan(folder)
         parallel.prepare(self.config, Path(os.environ["JAXGPT_BENCH_CACHE"]))
         self.program = Program(self.config, self.vocab_size, parallel.numerics(self.config))
-        self.executor = parallel.Executor(self.program, parallel.one_device())  # PyTorch's sides use one, too
+        # PyTorch's sides use one GPU, or all of a CPU's cores.
+        on_cpu = jax.default_backend() == "cpu"
+        self.executor = parallel.Executor(self.program, None if on_cpu else parallel.one_device())
         self.order = Order(self.config, len(tokens_N))
         self.loader = DeviceLoader(tokens_N, self.order, self.executor.put)
         self.state, self.step = self.executor.init_state(), 0
@@ -100,11 +102,13 @@ class Ours:
         """Tokens per second of sampling texts of a block at once, all rows' tokens counted."""
         from jaxgpt.config import SamplingConfig
         from jaxgpt.generate import generate_batch
+        from jaxgpt.parallel import on_one_device
 
         n_new = min(self.config.model.block_size - 1, 200)
         sampling = SamplingConfig(max_new_tokens=n_new, temperature=0.8, top_k=20)
         model, prompt_BT = self.program.exact_model, np.zeros((int(batch), 1), np.int64)
-        steps = generate_batch(model, self.state.params, self.config.model, prompt_BT, sampling)
+        params = on_one_device(self.state.params)
+        steps = generate_batch(model, params, self.config.model, prompt_BT, sampling)
         times = [time.perf_counter() for _ in steps]
         # From the second token on: the first ones compile what reads a window and what reads a token.
         rate = (len(times) - 2) * len(prompt_BT) / (times[-1] - times[1])
