@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ class Executor:
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         self._build = _jit if config.parallel == "jit" else _pmap
         self._updates = self._build(program.updates, self.mesh, donate=True)
+        self._ahead: Future | None = None
         self._evaluate = self.compiled(program.evaluate)
 
     def describe_devices(self) -> str:
@@ -168,8 +170,20 @@ class Executor:
         shapes = jax.eval_shape(self.program.init_state)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
+    def compile_ahead(self, feed: Feed) -> None:
+        """Begins to compile `updates` for feeds like this one beside what comes next, as the state has yet to be made.
+
+        Under pmap it does nothing: the first call compiles.
+        """
+        if self.program.config.parallel == "jit":
+            pool = ThreadPoolExecutor(1)
+            self._ahead = pool.submit(lambda: self._updates.lower(self.abstract_state(), feed, jnp.int32(0)).compile())
+            pool.shutdown(wait=False)
+
     def updates(self, state: TrainState, feed: Feed, n_steps: int) -> tuple[TrainState, np.ndarray]:
         """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""
+        if self._ahead is not None:
+            self._updates, self._ahead = self._ahead.result(), None
         state, metrics_K2 = self._updates(state, feed, jnp.int32(n_steps))
         return state, np.asarray(metrics_K2)[:n_steps]
 

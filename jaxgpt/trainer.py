@@ -225,6 +225,8 @@ class Trainer:
     def _restored_state(self) -> TrainState:
         """The last checkpoint's state, else the initial one, on the devices."""
         step = checkpoint.pick_step(self.checkpoints, "last")
+        if step != self.config.steps:
+            self.executor.compile_ahead(self.task.loader.take(step or 0, 0))
         if step is None:
             return self._first_state()
         self.display.line(f"resuming after {step} of {self.config.steps} steps")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file may import those before it.
 ORDER = """errors versions checks config presets tensor_files data_files texts datasets labelled tokenizer
-tokens batches loader attention elementwise model loss optimizer train_step classifier parallel checkpoint diagnostics
+tokens batches attention elementwise model loss optimizer train_step classifier parallel loader checkpoint diagnostics
 run_folder generate trained convert exchange report dot graph diagrams console cli inspection summary trainer
 language_model finetune variants comparison""".split()
 
