@@ -112,8 +112,9 @@ def _gradients(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None
 def _attention(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
     ids_T, tokens = _encoded(run, "--attention", flags.attention or "", 1)
     from jaxgpt import diagnostics, diagrams
+    from jaxgpt.parallel import on_one_device
 
-    maps_LHTS = diagnostics.attention_maps(executor.program, state.params, ids_T)
+    maps_LHTS = diagnostics.attention_maps(executor.program, on_one_device(state.params), ids_T)
     n_layer, n_head = maps_LHTS.shape[:2]
     print(f"tokens: {len(tokens)}, layers: {n_layer}, heads of each: {n_head}")
     title = f"{_name(run)} after {int(state.step)} steps: who attends to whom"
@@ -126,9 +127,10 @@ def _surprise(flags: InspectFlags, run: Any, executor: Any, state: Any) -> None:
     from rich.text import Text
 
     from jaxgpt import diagnostics, diagrams
+    from jaxgpt.parallel import on_one_device
     from jaxgpt.tokenizer import visible
 
-    found = diagnostics.surprise(executor.program, state.params, ids_T)
+    found = diagnostics.surprise(executor.program, on_one_device(state.params), ids_T)
     console, text = Console(highlight=False), Text(tokens[0], style="black on grey85", end="")
     for before, token, probability in zip(tokens, tokens[1:], found.probability_T, strict=False):
         if before.endswith("\u21b5"):

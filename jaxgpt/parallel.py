@@ -109,8 +109,15 @@ def devices_for(program: Program) -> list[Any]:
 
 
 def one_device() -> list[Any]:
-    """The first local device alone: enough for evaluation and generation, and any batch divides by it."""
+    """The first local device alone: any batch divides by it."""
     return jax.local_devices()[:1]
+
+
+def cores_or_one_device(program: Program) -> list[Any]:
+    """A CPU's cores as in training, so that a run's figures are the same to the last bit; of accelerators one."""
+    devices = devices_for(program)
+    whole = devices[0].platform == "cpu" and program.config.batch_size % len(devices) == 0
+    return devices if whole else devices[:1]
 
 
 def on_one_device(tree: Any) -> Any:

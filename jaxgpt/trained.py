@@ -77,7 +77,8 @@ def classify(run: RunFolder, executor: Executor, state: TrainState, texts: list[
         return jax.nn.softmax(program.logits(program.exact_model(params), idx_BT))
 
     labels = np.zeros(len(texts), np.int32)
-    found = [probabilities(state.params, idx_BT) for idx_BT, _ in in_batches(idx_NT, labels, batch_size)]
+    params = parallel.on_one_device(state.params)
+    found = [probabilities(params, idx_BT) for idx_BT, _ in in_batches(idx_NT, labels, batch_size)]
     return np.concatenate([np.asarray(p_BK) for p_BK in found])[: len(texts)]
 
 
@@ -86,7 +87,7 @@ def _restored(run: RunFolder, program: Program, which: str) -> tuple[RunFolder, 
     none_yet = UserError(f"RUN {run.path}: has no checkpoint yet; train it to its first one")
     if not run.checkpoints.is_dir():
         raise none_yet
-    executor = Executor(program, parallel.one_device())
+    executor = Executor(program, parallel.cores_or_one_device(program))
     for attempt in range(ATTEMPTS):
         with contextlib.closing(checkpoint.open_checkpoints(run.checkpoints, writes=False)) as checkpoints:
             step = checkpoint.pick_step(checkpoints, which)

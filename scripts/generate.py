@@ -31,11 +31,12 @@ def main() -> None:
     import numpy as np
 
     from jaxgpt.generate import generate, generate_batch
+    from jaxgpt.parallel import on_one_device
     from jaxgpt.tokenizer import decode
     from jaxgpt.trained import open_trained
 
     run, executor, state = open_trained(flags.run, flags.checkpoint)
-    trained = (executor.program.exact_model, state.params, run.config.model)
+    trained = (executor.program.exact_model, on_one_device(state.params), run.config.model)
     try:
         prompt = run.tokenizer.encode(flags.prompt)
     except UserError as e:

@@ -47,9 +47,8 @@ class Ours:
         self.config, self.vocab_size, tokens_N = load_plan(folder)
         parallel.prepare(self.config, Path(os.environ["JAXGPT_BENCH_CACHE"]))
         self.program = Program(self.config, self.vocab_size, parallel.numerics(self.config))
-        # PyTorch's sides use one GPU, or all of a CPU's cores.
-        on_cpu = jax.default_backend() == "cpu"
-        self.executor = parallel.Executor(self.program, None if on_cpu else parallel.one_device())
+        # PyTorch's sides use one GPU, too, or all of a CPU's cores.
+        self.executor = parallel.Executor(self.program, parallel.cores_or_one_device(self.program))
         self.order = Order(self.config, len(tokens_N))
         self.loader = DeviceLoader(tokens_N, self.order, self.executor.put)
         self.state, self.step = self.executor.init_state(), 0
