@@ -31,8 +31,8 @@ AXIS = "data"
 # On a CPU, of several devices:
 TOKENS_AT_ONCE = 256  # of a device's rows; their activations fit a core's cache
 LEAST_TOKENS = 64  # of a device in a step: fewer cost more to add up than they save
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 MOST_PARAMETERS = 2**24  # each device adds up, updates and holds its own; at 29 million nothing is gained
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 
 
 def prepare(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
@@ -101,8 +101,7 @@ def devices_for(program: Program) -> list[Any]:
     devices, config = jax.local_devices(), program.config
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
-    shapes = jax.eval_shape(program.init_params)
-    if sum(math.prod(p.shape) for p in shapes.values()) > MOST_PARAMETERS:
+    if sum(math.prod(p.shape) for p in program.state_shapes.params.values()) > MOST_PARAMETERS:
         return devices[:1]
     most = min(len(devices), config.tokens_per_step // LEAST_TOKENS)
     return devices[: max(n for n in range(1, max(most, 1) + 1) if config.batch_size % n == 0)]
@@ -174,7 +173,7 @@ class Executor:
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
         whole = NamedSharding(self.mesh, PartitionSpec())
-        shapes = jax.eval_shape(self.program.init_state)
+        shapes = self.program.state_shapes
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
     def compile_ahead(self, feed: Feed) -> None:

@@ -99,6 +99,11 @@ class Program:
         params = self.init_params()
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """The state's shapes and dtypes, without computing it."""
+        return jax.eval_shape(self.init_state)
+
     def init_params(self) -> dict[str, Array]:
         """The initial parameters, a function of the seed."""
         key = batches.stream_key(self.config.seed, batches.INIT)
