@@ -51,7 +51,6 @@ class Ours:
         self.executor = parallel.Executor(self.program, parallel.cores_or_one_device(self.program))
         self.order = Order(self.config, len(tokens_N))
         self.loader = DeviceLoader(tokens_N, self.order, self.executor.put)
-        self.executor.compile_ahead(self.loader.take(0, 0))  # as the trainer
         self.state, self.step = self.executor.init_state(), 0
         self.name = f"jaxgpt, jax {jax.__version__}"
 
