@@ -77,6 +77,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text's characters may be unknown to this terminal
     try:
+        given = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
+        if not re.fullmatch("[0-9]{1,4}", given) or int(given) < 1:
+            raise UserError(f"JAX_NUM_CPU_DEVICES={given}: give a number of devices from 1 on, or unset it")
         require_sound_jaxlib()
         code = main() or 0
         sys.stdout.flush()

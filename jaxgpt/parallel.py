@@ -31,7 +31,8 @@ AXIS = "data"
 # On a CPU, of several devices:
 TOKENS_AT_ONCE = 256  # of a device's rows; their activations fit a core's cache
 LEAST_TOKENS = 64  # of a device in a step: fewer cost more to add up than they save
-MOST_PARAMETERS = 2**24  # each device adds up, updates and holds its own; at 29 million nothing is gained
+PARAMETERS_A_TOKEN = 12_000  # each device adds up and updates them all: it must have enough tokens to make up for it
+MOST_PARAMETERS = 2**24  # each device holds its own, and its moments
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 
 
@@ -97,13 +98,14 @@ def usable_cores() -> int:
 
 
 def devices_for(program: Program) -> list[Any]:
-    """All local devices; of a CPU's cores as many as divide the batch, and only where that is faster."""
+    """All local devices; of a CPU's cores as many as divide the batch, as far as that is faster."""
     devices, config = jax.local_devices(), program.config
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
-    if sum(math.prod(p.shape) for p in program.state_shapes.params.values()) > MOST_PARAMETERS:
+    n_params = sum(math.prod(p.shape) for p in program.state_shapes.params.values())
+    if n_params > MOST_PARAMETERS:
         return devices[:1]
-    most = min(len(devices), config.tokens_per_step // LEAST_TOKENS)
+    most = min(len(devices), config.tokens_per_step // max(LEAST_TOKENS, n_params // PARAMETERS_A_TOKEN))
     return devices[: max(n for n in range(1, max(most, 1) + 1) if config.batch_size % n == 0)]
 
 

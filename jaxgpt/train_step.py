@@ -36,12 +36,19 @@ class Shards:
 
     rows: Callable[[Array], Array]  # the global batch's rows [B, ...] -> those of this program
     total: Callable[[Any], Any]  # a tree of sums over this program's rows -> over all rows
-    tokens_at_once: int | None = None  # its rows are computed in parts of at most so many tokens; None: all at once
+    tokens_at_once: int | None = None  # its rows are computed in parts of about so many tokens; None: all at once
 
     def rows_at_once(self, n_rows: int, n_time: int) -> int:
-        """Of `n_rows` rows of this program, T tokens each, how many are computed together; it divides them."""
-        most = n_rows if self.tokens_at_once is None else max(1, self.tokens_at_once // n_time)
-        return max(n for n in range(1, min(most, n_rows) + 1) if n_rows % n == 0)
+        """Of `n_rows` rows of this program, T tokens each, how many are computed together; it divides them.
+
+        As many as fit, at least one; where no more than half of that divides the rows, the next number that does.
+        """
+        if self.tokens_at_once is None:
+            return n_rows
+        most = max(1, self.tokens_at_once // n_time)
+        divisors = [n for n in range(1, n_rows + 1) if n_rows % n == 0]
+        fitting = max(n for n in divisors if n <= most)
+        return fitting if 2 * fitting >= most or fitting == n_rows else min(n for n in divisors if n > most)
 
     def summed(self, sums: Callable[..., Any], *batch: Array | None) -> Any:
         """The sums over a batch: over this program's rows part by part, then over those of all programs.

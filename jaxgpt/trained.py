@@ -29,7 +29,7 @@ PROGRESS_SECONDS = 20.0
 
 
 def open_trained(path: Path, which: str) -> tuple[RunFolder, Executor, TrainState]:
-    """A language model's run, its program on one device, and the state of a checkpoint.
+    """A language model's run, its program, on a CPU over the cores that trained it, and the state of a checkpoint.
 
     Args:
         which: "last", "best", or "result": the last, or the best if it stopped early.

@@ -225,9 +225,9 @@ class Trainer:
     def _restored_state(self) -> TrainState:
         """The last checkpoint's state, else the initial one, on the devices."""
         step = checkpoint.pick_step(self.checkpoints, "last")
-        if step != self.config.steps:
-            self.executor.compile_ahead(self.task.loader.take(step or 0, 0))
         if step is None:
+            # Not beside a restore, which may yet find that there is nothing to train, or nothing it can read.
+            self.executor.compile_ahead(self.task.loader.take(0, 0))
             return self._first_state()
         self.display.line(f"resuming after {step} of {self.config.steps} steps")
         remedy = "remove this folder to go on from the one before it"

@@ -90,6 +90,12 @@ def test_memory_that_does_not_suffice_is_told_and_nothing_stays(user_env, folder
     assert {p.name for p in (folder / "run").iterdir()} <= {".lock"}
 
 
+@pytest.mark.parametrize("given", ["abc", "0", "-2", ""])
+def test_devices_that_are_no_number(command, folder, given):
+    done = command("train.py", "--dataset", "file:good.txt", cwd=folder, JAX_NUM_CPU_DEVICES=given)
+    check(done, [f"JAX_NUM_CPU_DEVICES={given}", "from 1"])
+
+
 def test_train_on_devices_that_do_not_divide_the_batch(command, folder):
     flags = ["--dataset", "file:good.txt", "--out-dir", "run", *SMALL, "--batch-size", "6"]
     done = command("train.py", *flags, cwd=folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
