@@ -252,18 +252,15 @@ def _as_one(function: Callable[[Array], Array], tree: Any) -> Any:
 
 def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:
     """One program for all devices, each with its index in the mesh."""
-    whole = PartitionSpec()
+    whole, alone = PartitionSpec(), mesh.size == 1
 
     def program(*args):
-        return function(*args, _shards(mesh, lax.axis_index(AXIS)) if mesh.size > 1 else ALONE)
+        return function(*args, ALONE if alone else _shards(mesh, lax.axis_index(AXIS)))
 
-    # check_vma would put sums of its own into the gradients of what is whole everywhere: ours are written out.
-    mapped = jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-    return jax.jit(
-        mapped if mesh.size > 1 else program,
-        donate_argnums=0 if donate else (),
-        out_shardings=NamedSharding(mesh, whole),
-    )
+    if not alone:
+        # check_vma would put sums of its own into the gradients of what is whole everywhere: ours are written out.
+        program = jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=NamedSharding(mesh, whole))
 
 
 def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:

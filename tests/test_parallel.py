@@ -1,4 +1,4 @@
-"""jit and pmap on one, two and eight devices are the same training; one program serves every dispatch."""
+"""jit on one, two and eight devices and pmap on eight are the same training; one program serves every dispatch."""
 
 import json
 import os
