@@ -25,11 +25,12 @@ from jaxgpt.batches import Feed
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.model import Numerics
+from jaxgpt.program_cache import keep_programs
 from jaxgpt.train_step import ALONE, Program, Shards, TrainState
 
 AXIS = "data"
 # On a CPU, of several devices:
-TOKENS_AT_ONCE = 256  # of a device's rows; their activations fit a core's cache
+TOKENS_AT_ONCE = 128  # of a device's rows; their activations fit a core's cache
 LEAST_TOKENS = 64  # of a device in a step: fewer cost more to add up than they save
 PARAMETERS_A_TOKEN = 12_000  # each device adds up and updates them all: it must have enough tokens to make up for it
 MOST_PARAMETERS = 2**24  # each device holds its own, and its moments
@@ -45,13 +46,7 @@ def prepare(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
         jax.config.update("jax_enable_x64", True)
     # TF32 on GPU and bfloat16 passes on TPU are not float32; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Not on CPU: loading compiled programs from it can wait forever inside jaxlib 0.10.1 (docs/design.md).
-    if jax.default_backend() == "cpu":
-        return
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        if os.access(cache_dir, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+    keep_programs(cache_dir)
 
 
 def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:

@@ -146,6 +146,7 @@ def prepare_process(n_threads: int) -> None:
     import torch
 
     jax.config.update("jax_num_cpu_devices", devices.N_DEVICES)
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compared is what is compiled here
     torch.set_num_threads(n_threads)
     prepare_torch()
 

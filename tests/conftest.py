@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_num_cpu_devices", 2)  # as a machine of two cores has, on any
+jax.config.update("jax_enable_compilation_cache", False)  # here; commands have the cache of their own home
 
 # A model that compiles in about a second and learns the text's letters within a hundred steps.
 SMALL = (

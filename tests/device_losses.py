@@ -1,7 +1,7 @@
 """Run by test_parallel.py in a process of its own, on 8 virtual CPU devices: 50 losses in each way to use them.
 
 Prints JSON: {"jit 1": {...}, "jit 2": {...}, ...}. Arguments: dtype, dropout rate, a folder. Of two devices each
-computes its 24 rows of 24 tokens in three parts, of eight its six at once.
+computes its 24 rows of 24 tokens in six parts, of eight its six in two.
 """
 
 import dataclasses

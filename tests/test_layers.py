@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file may import those before it.
 ORDER = """errors versions checks config presets tensor_files data_files texts datasets labelled tokenizer
-tokens batches attention elementwise model loss optimizer train_step classifier parallel loader checkpoint diagnostics
-run_folder generate trained convert exchange report dot graph diagrams console cli inspection summary trainer
-language_model finetune variants comparison""".split()
+tokens batches attention elementwise model loss optimizer train_step classifier program_cache parallel loader
+checkpoint diagnostics run_folder generate trained convert exchange report dot graph diagrams console cli inspection
+summary trainer language_model finetune variants comparison""".split()
 
 
 def imported(path):

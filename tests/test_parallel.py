@@ -133,9 +133,9 @@ def test_sums_over_devices_are_laid_end_to_end_by_dtype():
 
 
 def test_rows_of_a_part_divide_the_rows():
-    rows_at_once = parallel.Shards(None, None, 256).rows_at_once
-    found = {(16, 128): 2, (6, 64): 3, (16, 24): 8, (3, 1024): 1, (5, 8): 5, (31, 128): 1}
-    found |= {(7, 64): 7, (31, 16): 31, (62, 16): 31}  # one row at a time would be slower
+    rows_at_once = parallel.Shards(None, None, 128).rows_at_once
+    found = {(16, 128): 1, (6, 64): 2, (16, 24): 4, (3, 1024): 1, (5, 8): 5, (31, 64): 1}
+    found |= {(7, 32): 7, (31, 8): 31, (62, 8): 31}  # one row at a time would be slower
     assert {shape: rows_at_once(*shape) for shape in found} == found
     assert parallel.Shards(None, None).rows_at_once(16, 128) == 16
 

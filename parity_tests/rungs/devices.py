@@ -30,8 +30,8 @@ from parity_tests.sides import (
 from torch_ref.train import whole_split_loss as torch_whole_split
 
 N_DEVICES, STEPS = 2, 20
-# 24 rows of 17 tokens on each device: two parts of 12.
-CASE = small("two devices, two parts each", model=dataclasses.replace(SIZES, dropout=0.3), batch_size=48, clip=0.1)
+# 12 rows of 17 tokens on each device: two parts of 6.
+CASE = small("two devices, two parts each", model=dataclasses.replace(SIZES, dropout=0.3), batch_size=24, clip=0.1)
 
 
 def rung_devices(quick: bool) -> Iterator[Row]:
@@ -93,7 +93,7 @@ def compare_updates(kind: str) -> Iterator[Row]:
 def compare_evaluation(kind: str) -> Iterator[Row]:
     """The loss over a split whose last batch is not full."""
     tokens = CASE.tokens[: 17 * 100 + 5]
-    truth, count = torch_whole_split(torch_model(CASE, "float64"), torch.from_numpy(tokens.astype(np.int64)), 48)
+    truth, count = torch_whole_split(torch_model(CASE, "float64"), torch.from_numpy(tokens.astype(np.int64)), 24)
     with precision_of("float64"):
         side = FlaxTraining(_case(kind), "float64", devices())
         ours, our_count, *_ = whole_split_loss(side.executor, side.state.params, tokens, ByteTokenizer())
