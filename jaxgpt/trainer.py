@@ -24,7 +24,7 @@ from jaxgpt.run_folder import RunFolder
 from jaxgpt.train_step import TrainState
 from jaxgpt.versions import versions
 
-DISPATCH_SECONDS = 0.25  # long against the cost of a dispatch (about 1 ms), short for a progress bar and Ctrl-C
+DISPATCH_SECONDS = 1.0  # long against the cost of a dispatch (about 8 ms on CPU), short for a progress bar and Ctrl-C
 
 
 @dataclass(frozen=True)
