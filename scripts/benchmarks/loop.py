@@ -46,6 +46,7 @@ def measure(preset: str, flags: argparse.Namespace) -> dict[str, Any]:
                 while _goes_on(process, written):
                     bare_s.append(bare.run(n_steps))
             begun = time.monotonic()
+            os.kill(process.pid, signal.SIGCONT)
             if process.wait():
                 raise _ended(process)
             end_s = time.monotonic() - begun
@@ -71,17 +72,10 @@ def _until_it_stops(process: subprocess.Popen) -> None:
 
 
 def _goes_on(process: subprocess.Popen, written: Path) -> bool:
-    """Gives the loop its turn; False once it has come to its end, after which the run is completed without turns."""
+    """Gives the loop its turn; False once it has come to its end, where it waits to complete the run."""
     os.kill(process.pid, signal.SIGCONT)
-    while not written.exists():
-        pid, status = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
-        if pid and os.WIFSTOPPED(status):
-            return True
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            raise _ended(process)
-        time.sleep(0.002)
-    return False
+    _until_it_stops(process)
+    return not written.exists()
 
 
 def _ended(process: subprocess.Popen) -> UserError:
@@ -106,14 +100,15 @@ def came_to(turns: list[dict[str, Any]], bare_s: list[float]) -> dict[str, Any]:
     bare, seconds = sum(bare_I), sum(turn["seconds"] for turn in turns)
     names = ("evaluation", "checkpoints", "records", "steps", "once")
     parts = {name: sum(turn["parts"].get(name, 0.0) for turn in turns) for name in names}
-    slower_I = [turn["parts"].get("steps", 0.0) / b for turn, b in zip(turns, bare_I, strict=True) if b]
+    slower = parts["steps"] / bare
+    off_I = [turn["parts"].get("steps", 0.0) - slower * b for turn, b in zip(turns, bare_I, strict=True)]
     shares = {name: parts[name] / bare for name in ("evaluation", "checkpoints", "records")}
-    shares["dispatches"] = parts["steps"] / bare - 1
+    shares["dispatches"] = slower - 1
     shares["rest"] = (seconds - sum(parts.values())) / bare
     return {
         "overhead": (seconds - parts["once"]) / bare - 1,
         "shares": shares,
-        "error": statistics.stdev(slower_I) / len(slower_I) ** 0.5,
+        "error": statistics.stdev(off_I) * len(off_I) ** 0.5 / bare,  # of a ratio of sums: turns differ in length
         "once_s": parts["once"],
         "bare_ms": 1e3 * statistics.median(bare_s),
         "turns": len(turns),

@@ -1,7 +1,7 @@
 """scripts/train.py with a clock around the parts of its loop, started by scripts/bench.py --loop.
 
 After each dispatch that ends its turn it stops itself, threads in the background and all (SIGSTOP), until it is
-continued; the clock stands still meanwhile. Arguments: the file to write, a turn's seconds, and train.py's own.
+continued; the clock stands still meanwhile. At the loop's end it does so once more. Arguments: the file to write, a turn's seconds, and train.py's own.
 """
 
 import functools
@@ -72,8 +72,10 @@ class Watch:
             self.begin()
 
     def finished(self) -> None:
+        """The end of the loop: what was measured is written, and the rest of the run waits to be continued."""
         self.end()
         self.path.write_text(json.dumps(self.turns))
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def main() -> None:
