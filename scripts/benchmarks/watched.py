@@ -1,7 +1,8 @@
 """scripts/train.py with a clock around the parts of its loop, started by scripts/bench.py --loop.
 
 After each dispatch that ends its turn it stops itself, threads in the background and all (SIGSTOP), until it is
-continued; the clock stands still meanwhile. At the loop's end it does so once more. Arguments: the file to write, a turn's seconds, and train.py's own.
+continued; the clock stands still meanwhile. At the loop's end it does so once more.
+Arguments: the file to write, a turn's seconds, and train.py's own.
 """
 
 import functools
