@@ -58,7 +58,9 @@ def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
         if step not in manager.all_steps():
             if jax.default_backend() == "cpu":
                 # Of arrays that are whole on every device orbax saves a slice from each: three times the work, here
-                # beside the training, on the same cores. Copies, as the state's own memory is the next step's.
+                # beside the training, on the same cores. Copies, as the state's own memory is the next step's; and one
+                # at a time.
+                manager.wait_until_finished()
                 state = jax.tree.map(lambda x: np.array(x, copy=True), state)
             manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
 

@@ -33,7 +33,9 @@ def measure(preset: str, flags: argparse.Namespace) -> dict[str, Any]:
         if PRESETS[preset].tokenizer == "char":
             arguments += ["--dataset", f"{PRESETS[preset].dataset},pydoc"]  # which every Python has
         line = [sys.executable, WATCHED, written, flags.turn_seconds, *arguments]
-        process = subprocess.Popen([str(word) for word in line], stdout=sys.stderr, env=environment_of())
+        # What happens once is told as of a first start: nothing compiled before.
+        environment = {**environment_of(), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        process = subprocess.Popen([str(word) for word in line], stdout=sys.stderr, env=environment)
         try:
             _until_it_stops(process)
             config = configs.from_json(json.loads((run / "config.json").read_text(encoding="utf-8")))

@@ -26,10 +26,10 @@ COMPARED = 50  # steps, the first
 
 
 def environment_of() -> dict[str, str]:
-    """Of every process that is measured: this project's own code, whatever is installed."""
+    """Of every process that is measured: this project's own code, whatever is installed; no programs from before."""
     return {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # else JAX takes three quarters of a GPU that others need too
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
