@@ -56,10 +56,10 @@ def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
     metrics = None if val_loss is None else {"val_loss": val_loss}
     with _told(manager.directory, "could not be written", "make room there and start again: it goes on"):
         if step not in manager.all_steps():
-            if jax.default_backend() == "cpu":
+            if jax.default_backend() == "cpu" and len(state.step.sharding.device_set) > 1:
                 # Of arrays that are whole on every device orbax saves a slice from each: three times the work, here
                 # beside the training, on the same cores. Copies, as the state's own memory is the next step's; and one
-                # at a time.
+                # at a time. A state on one device is large (`parallel.MOST_PARAMETERS`), and orbax would copy it again.
                 manager.wait_until_finished()
                 state = jax.tree.map(lambda x: np.array(x, copy=True), state)
             manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)

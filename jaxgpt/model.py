@@ -55,7 +55,7 @@ class Numerics:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     attention: AttentionImplementation = "xla"
-    logits_at_once: int = 2**26  # the loss takes the batch in chunks of about so many logits
+    logits_at_once: int = 2**24  # the loss takes the batch in chunks of about so many logits
     fused_qkv: bool = False  # query, key and value of an attention in one product
     head_multiple: int = 1  # within the loss the head is widened to a multiple of this
 
