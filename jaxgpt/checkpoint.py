@@ -1,11 +1,12 @@
 """Checkpoints: orbax behind a few functions.
 
 A checkpoint is a `TrainState`, named by the number of updates done. It knows nothing of devices: it can be restored on
-any number of them. Saving goes on in the background; a checkpoint appears under its name only once it is complete, so a
-killed process leaves none half-written.
+any number of them. Saving may go on in the background; a checkpoint appears under its name only once it is complete, so
+a killed process leaves none half-written.
 """
 
 import contextlib
+import ctypes
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manage
 
 
 def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
-    """Starts to save the state under its step; a step that is there already stays as it is.
+    """Saves the state under its step, or begins to; a step that is there already stays as it is.
 
     Raises:
         UserError: this or the save before it could not be written.
@@ -55,14 +56,27 @@ def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
     step = int(state.step)
     metrics = None if val_loss is None else {"val_loss": val_loss}
     with _told(manager.directory, "could not be written", "make room there and start again: it goes on"):
-        if step not in manager.all_steps():
-            if jax.default_backend() == "cpu" and len(state.step.sharding.device_set) > 1:
-                # Of arrays that are whole on every device orbax saves a slice from each: three times the work, here
-                # beside the training, on the same cores. Copies, as the state's own memory is the next step's; and one
-                # at a time. A state on one device is large (`parallel.MOST_PARAMETERS`), and orbax would copy it again.
-                manager.wait_until_finished()
-                state = jax.tree.map(lambda x: np.array(x, copy=True), state)
-            manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
+        if step in manager.all_steps():
+            return
+        on_cpu, alone = jax.default_backend() == "cpu", len(state.step.sharding.device_set) == 1
+        if on_cpu and not alone:
+            # Of arrays that are whole on every device orbax saves a slice from each: three times the work, here
+            # beside the training, on the same cores. Copies, as the state's own memory is the next step's; and one
+            # at a time. A state on one device is large (`parallel.MOST_PARAMETERS`), and orbax would copy it again.
+            manager.wait_until_finished()
+            state = jax.tree.map(lambda x: np.array(x, copy=True), state)
+        manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
+        if on_cpu and alone:
+            # Its copy and what is written of it would stand beside the step's own memory, and its work take from the
+            # step's cores as much time as it takes alone (docs/benchmarks.md).
+            manager.wait_until_finished()
+            _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Returns to the system what is freed: glibc keeps it for the thread that had it, where no other finds it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def wait(manager: Manager) -> None:

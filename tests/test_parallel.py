@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import parallel
+from jaxgpt import checkpoint, parallel
 from jaxgpt.batches import Order, documents, whole_split
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import UserError
@@ -145,6 +145,26 @@ def test_the_loss_reported_is_the_one_before_the_update():
     loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor, "auto")
     _, metrics = executor.updates(executor.init_state(), loader.take(0, 1), 1)
     assert metrics[0, 0] == pytest.approx(np.log(50), abs=0.05)  # of an untrained model
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_a_checkpoint_holds_the_state_of_its_save_whatever_becomes_of_its_memory(n_devices, tmp_path):
+    executor = parallel.Executor(Program(SMALL, 50, parallel.numerics(SMALL)), jax.devices()[:n_devices])
+    loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor, "auto")
+    state, _ = executor.updates(executor.init_state(), loader.take(0, 1), 1)
+    kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    manager = checkpoint.open_checkpoints(tmp_path / "checkpoints")
+    checkpoint.save(manager, state, None)
+    if n_devices == 1:  # all there before the next step asks for memory
+        assert (tmp_path / "checkpoints/1/default").is_dir()
+    for step in range(1, 30):  # each takes the state's memory
+        state, _ = executor.updates(state, loader.take(step, 1), 1)
+    checkpoint.wait(manager)
+    found = checkpoint.restore(manager, executor.abstract_state(), 1, "")
+    manager.close()
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(state.params["token_emb.embedding"], kept.params["token_emb.embedding"])
 
 
 def test_evaluation_leaves_out_what_only_fills_the_batch():
