@@ -4,7 +4,7 @@ Axes: N tokens, B windows of a batch, T time, K steps of one dispatch, J batches
 inputs and targets.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ import numpy as np
 from jax import Array
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.tokens import n_chunks
+from jaxgpt.tokens import n_chunks, release
 
 # What a random stream is for. A stream's key depends on the run's seed and on this number alone.
 INIT, TRAIN, VALIDATION, DROPOUT, SAMPLE, EXAMPLES = range(6)
+WINDOWS_MAPPED = 64  # of a memory-mapped file, each with up to 2 MiB around it, before all of them are let go
 STARTS_AT_ONCE = 2**20  # windows that are drawn by one call, or brought to the device by one dispatch
 
 
@@ -102,6 +103,18 @@ def windows(tokens_N: Any, start_B: Any, block_size: int) -> Any:
     return tokens_N[start_B[:, None] + np_or_jnp.arange(block_size + 1, dtype=start_B.dtype)]
 
 
+def read_windows(tokens_N: np.ndarray, batch_starts: Iterable[np.ndarray], block_size: int) -> Iterator[np.ndarray]:
+    """The windows [B, T + 1] at each batch's starts, of tokens in memory or in a file larger than it."""
+    read = 0
+    for start_B in batch_starts:
+        window_BT = windows(tokens_N, start_B.astype(np.int64), block_size)
+        read += len(start_B)
+        if read >= WINDOWS_MAPPED:
+            release(tokens_N)
+            read = 0
+        yield window_BT
+
+
 def inputs_and_targets(window_BT: Any) -> tuple[Any, Any]:
     """int32 [B, T] each; the targets are the inputs shifted by one."""
     window_BT = window_BT.astype(jnp.int32)
@@ -117,9 +130,8 @@ class Scored(NamedTuple):
 
 def cut(tokens_N: np.ndarray, start_JB: np.ndarray, block_size: int) -> Iterator[Scored]:
     """The batches of windows at the starts, all targets counted."""
-    for start_B in start_JB:
-        window_BT = windows(tokens_N, start_B.astype(np.int64), block_size)
-        yield Scored(window_BT, np.ones((len(start_B), block_size), bool))
+    for window_BT in read_windows(tokens_N, start_JB, block_size):
+        yield Scored(window_BT, np.ones((len(window_BT), block_size), bool))
 
 
 def whole_split(tokens_N: np.ndarray, batch_size: int, block_size: int, stride: int | None = None) -> Iterator[Scored]:
@@ -137,12 +149,11 @@ def whole_split(tokens_N: np.ndarray, batch_size: int, block_size: int, stride: 
     if stride and (rest := (n_tokens - 1 - block_size) - start_J[-1]):
         start_J = np.append(start_J, n_tokens - 1 - block_size)
         counted_from_J = np.append(counted_from_J, block_size - rest)
-    for at in range(0, len(start_J), batch_size):
-        start_B = np.zeros(batch_size, np.int64)
-        from_B = np.full(batch_size, block_size)  # windows that only fill the last batch count nothing
-        part = slice(at, at + batch_size)
-        start_B[: len(start_J[part])], from_B[: len(start_J[part])] = start_J[part], counted_from_J[part]
-        yield Scored(windows(tokens_N, start_B, block_size), np.arange(block_size) >= from_B[:, None])
+    missing = -len(start_J) % batch_size  # windows that only fill the last batch count nothing
+    start_JB = np.pad(start_J, (0, missing)).reshape(-1, batch_size)
+    from_JB = np.pad(counted_from_J, (0, missing), constant_values=block_size).reshape(-1, batch_size)
+    for window_BT, from_B in zip(read_windows(tokens_N, start_JB, block_size), from_JB, strict=True):
+        yield Scored(window_BT, np.arange(block_size) >= from_B[:, None])
 
 
 def documents(idx_BT: Array, end_of_text: int) -> tuple[Array, Array]:

@@ -6,13 +6,15 @@ Both give step s the same batch, a function of (seed, s), whatever was taken bef
 import queue
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.batches import Order, Resident, Streamed, steps_at_once
+from jaxgpt.batches import Order, Resident, Streamed, read_windows, steps_at_once
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import Executor
+from jaxgpt.tokens import release
 
 BYTES_AHEAD = 2**25  # of windows on their way to the device
 
@@ -27,6 +29,7 @@ class DeviceLoader:
     def __init__(self, tokens_N: np.ndarray, order: Order, put: Callable[[Any], Any]):
         assert len(tokens_N) < 2**31, "int32 starts"
         self._tokens_N, self._order, self._put = put(np.asarray(tokens_N)), order, put
+        release(tokens_N)
         self.max_steps = steps_at_once(order.batch_size)
 
     def take(self, step: int, n_steps: int) -> Resident:
@@ -44,15 +47,15 @@ class HostLoader:
 
     def __init__(self, tokens_N: np.ndarray, order: Order):
         self._tokens_N, self._order = tokens_N, order
-        self._at_T = np.arange(order.block_size + 1)
-        step_bytes = order.batch_size * len(self._at_T) * tokens_N.dtype.itemsize
+        self._window = order.block_size + 1
+        step_bytes = order.batch_size * self._window * tokens_N.dtype.itemsize
         self.max_steps = max(1, min(128, BYTES_AHEAD // step_bytes))
         self._next = -1  # the step that the queue holds next
         self._thread: threading.Thread | None = None
 
     def take(self, step: int, n_steps: int) -> Streamed:
         """As `DeviceLoader.take`; steps in a row come without a wait if the device is the slower part."""
-        shape = (self.max_steps, self._order.batch_size, len(self._at_T))
+        shape = (self.max_steps, self._order.batch_size, self._window)
         window_KBT = np.zeros(shape, self._tokens_N.dtype.newbyteorder("="))
         if step != self._next:
             self._start(step)
@@ -80,9 +83,11 @@ class HostLoader:
         self._thread.start()
 
     def _cut(self, step: int, ahead: queue.Queue, stop: threading.Event) -> None:
+        batch_starts = (self._order.starts(s, 1)[0] for s in count(step))
+        steps = read_windows(self._tokens_N, batch_starts, self._order.block_size)
         while not stop.is_set():
             try:
-                item: Any = self._tokens_N[self._order.starts(step, 1)[0][:, None] + self._at_T]
+                item: Any = next(steps)
             except BaseException as e:
                 item = e
             while not stop.is_set():
@@ -93,7 +98,6 @@ class HostLoader:
                     continue
             if isinstance(item, BaseException):
                 return
-            step += 1
 
 
 Loader = DeviceLoader | HostLoader

@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,18 @@ def sample_prompt(given: str | None, tokenizer: Tokenizer, corpus: Corpus) -> st
         texts = next(iter(corpus.splits.values()))
         return next(text[0] for text in texts() if text)
     return given or DOCUMENTED_PROMPT
+
+
+def release(tokens_N: np.ndarray) -> None:
+    """Lets go of what was read through a memory-mapped file: it counts as this process's memory until it ends.
+
+    The system keeps it at hand as long as it has room, so reading it again is cheap. Does nothing to other arrays.
+    """
+    mapped: Any = tokens_N
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def n_chunks(n_tokens: int, block_size: int) -> int:
@@ -181,6 +194,7 @@ def _bin(path: Path, split: str, tokenizer: Tokenizer, name: str) -> Split:
     tokens_N = np.memmap(path, np.dtype("<u2"), "r")
     step = PIECE_BYTES
     for at in range(0, len(tokens_N), step) if tokenizer.vocab_size < 2**16 else ():
+        release(tokens_N)
         if (largest := int(tokens_N[at : at + step].max())) >= tokenizer.vocab_size:
             raise UserError(
                 f"--dataset {name}: {path.name} holds token {largest}, outside the vocabulary of "

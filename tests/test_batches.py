@@ -1,5 +1,9 @@
 """Batches are a function of (seed, step), uniform over the text, and shifted by one."""
 
+import re
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -118,6 +122,29 @@ def test_the_host_loader_gives_the_same_batches(packing):
     finally:
         host.close()
     assert host._thread is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is resident")
+def test_a_file_larger_than_memory_is_read_without_holding_it(tmp_path, monkeypatch):
+    n_tokens, path = 2**26, tmp_path / "tokens.bin"  # 128 MiB
+    with path.open("wb") as f:
+        for at in range(0, n_tokens, 2**20):
+            f.write((np.arange(at, at + 2**20) % 50_000).astype(np.uint16).tobytes())
+
+    def resident_mib():
+        mapping = Path("/proc/self/smaps").read_text().split(str(path))[1]
+        return int(re.search(r"Rss: +(\d+) kB", mapping)[1]) / 1024
+
+    start_JB = np.random.default_rng(0).integers(0, n_tokens - 30, (1000, 8))
+    resident = []
+    for at_once in (2**30, 16):  # 16 are 32 MiB at most, and 1 of single pages
+        monkeypatch.setattr(batches, "WINDOWS_MAPPED", at_once)
+        mapped_N = np.memmap(path, np.uint16, "r")[5:]  # as a split is a part of its file
+        for start_B, window_BT in zip(start_JB, batches.read_windows(mapped_N, start_JB, 16), strict=True):
+            np.testing.assert_array_equal(window_BT, (start_B[:, None] + np.arange(17) + 5) % 50_000)
+        resident.append(resident_mib())
+        del mapped_N
+    assert resident[1] < resident[0] / 2
 
 
 def test_what_goes_wrong_in_the_host_loaders_thread_is_told():
