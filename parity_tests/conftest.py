@@ -1,13 +1,11 @@
-"""PyTorch is set up for comparisons during these tests only."""
+"""JAX is set up for comparisons, PyTorch during these tests only."""
 
-import jax
 import pytest
 
-from parity_tests.rungs.devices import N_DEVICES
+from parity_tests.ladder import prepare_jax
 from parity_tests.sides import prepare_torch
 
-jax.config.update("jax_num_cpu_devices", N_DEVICES)
-jax.config.update("jax_enable_compilation_cache", False)  # what is compared is what is compiled here
+prepare_jax()
 
 
 @pytest.fixture(autouse=True)

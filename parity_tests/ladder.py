@@ -140,13 +140,19 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def prepare_process(n_threads: int) -> None:
-    """PyTorch as it must be in a process of the pool, and JAX with the CPU devices that a rung divides a batch over."""
+def prepare_jax() -> None:
+    """The CPU devices that a rung divides a batch over; and what is compared is what is compiled here."""
     import jax
-    import torch
 
     jax.config.update("jax_num_cpu_devices", devices.N_DEVICES)
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compared is what is compiled here
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def prepare_process(n_threads: int) -> None:
+    """PyTorch and JAX as they must be in a process of the pool."""
+    import torch
+
+    prepare_jax()
     torch.set_num_threads(n_threads)
     prepare_torch()
 
