@@ -8,7 +8,10 @@ a killed process leaves none half-written.
 import contextlib
 import ctypes
 import logging
+import re
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manage
 
     Without `writes` nothing in the folder is touched, so a run may be evaluated while it trains.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of checkpoints without validation loss: they are meant
+    _silence()
 
     def val_loss(metrics: dict[str, float]) -> float:
         return metrics["val_loss"]
@@ -45,6 +48,19 @@ def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manage
     )
     with _told(folder, "cannot be read", "remove the folder of the damaged step, whose files are empty or cut short"):
         return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+@cache
+def _silence() -> None:
+    """What orbax and tensorstore print of a failure, from several threads, is raised as well, and told in one line."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_late_writes(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # of a write that ends after another has failed
+            hook(found)
+
+    sys.unraisablehook = without_late_writes
 
 
 def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
@@ -98,9 +114,11 @@ def restore(manager: Manager, like: TrainState, step: int, remedy: str) -> Train
     with _told(path, "cannot be read", remedy):
         with ocp.StandardCheckpointer() as reader:
             there = reader.metadata(path / "default").item_metadata["params"]
-    for name, p in like.params.items():
+    table = "token_emb.embedding"  # [V, C]; the head differs with it
+    for name, p in sorted(like.params.items(), key=lambda item: item[0] != table):
         if name in there and tuple(there[name].shape) != p.shape:
-            what = "vocabulary (tokenizer.json)" if name == "token_emb.embedding" else "model (config.json)"
+            of_vocabulary = name == table and there[name].shape[1] == p.shape[1]
+            what = "vocabulary (tokenizer.json)" if of_vocabulary else "model (config.json)"
             raise UserError(
                 f"{path}: {name} is {list(there[name].shape)} in the checkpoint and {list(p.shape)} by the run's "
                 f"{what}; bring back the file that it was trained with"
@@ -121,5 +139,6 @@ def _told(path: Any, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        reason = (str(e).splitlines() or [""])[0][:160]
+        full = re.search("No space left on device|File too large|Disk quota exceeded", str(e))
+        reason = full[0] if full else (str(e).splitlines() or [""])[0][:160]
         raise UserError(f"{path}: the checkpoint {what} ({type(e).__name__}: {reason}); {remedy}") from e

@@ -159,7 +159,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(trained, text_file, tmp_p
     limited = ["bash", "-c", 'ulimit -f 3; exec "$@"', "bash", *line]
     done = subprocess.run(limited, env=user_env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert [text for text in done.stderr.splitlines() if text.startswith("error: ") and "written" in text], done.stderr
+    assert done.stderr.startswith("error: ") and "written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert subprocess.run(line, env=user_env, capture_output=True).returncode == 0
     for name in ("metrics.jsonl", "summary.json"):
         theirs = (trained / name).read_text().replace("\n", " ").split('"val_loss": ')[1:]
