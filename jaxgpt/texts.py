@@ -25,6 +25,8 @@ HUB = "https://huggingface.co"
 # never joins what stands before white space with it, so such a cut changes no token; after white space it could.
 _CUT = re.compile(r"(?s:.*)\S(?=[\r\n]| \S)")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 csv.field_size_limit(2**31 - 1)  # its default refuses long texts
 
 
@@ -95,8 +97,10 @@ def rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[Any, 
 
 
 def require_columns(wanted: Sequence[str], there: Sequence[str], named: str) -> None:
-    """Raises `UserError` that names the columns that are there, and the nearest."""
+    """Raises `UserError` that names the columns that are there, and the nearest; or one that is there twice."""
     for column in wanted:
+        if list(there).count(column) > 1:
+            raise UserError(f"{named}: several columns are called {column!r}; give each a name of its own")
         if column not in there:
             near = difflib.get_close_matches(column, there, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -108,22 +112,29 @@ def _csv_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[
         reader = csv.DictReader(f)
         require_columns(columns, reader.fieldnames or [], named)
         for row in reader:
+            if None in row:  # where `csv` puts what is too much
+                raise UserError(
+                    f"{named}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+                )
             yield tuple(row[column] for column in columns)
 
 
 def _json_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[Any, ...]]:
-    with path.open(encoding="utf-8") as f:
+    with path.open(encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{named}: line {number} is not JSON ({e}); give one object a line") from None
             if not isinstance(row, dict):
                 raise UserError(f"{named}: line {number} is no object; give one {{...}} a line")
             require_columns(columns, list(row), f"{named}, line {number}")
-            yield tuple(row[column] for column in columns)
+            values = tuple(row[column] for column in columns)
+            if "\\u" in line and any(isinstance(v, str) and _SURROGATE.search(v) for v in values):
+                raise UserError(f"{named}: line {number} holds half of a surrogate pair, which no file can; mend it")
+            yield values
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[Any, ...]]:

@@ -22,6 +22,8 @@ from jaxgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDLESS = re.compile(r"\s{100000}")
+LONGEST_WORD = 20_000  # of one kind of characters: the `tokenizers` library takes time that grows with its square
+_LONG_WORD = re.compile("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]")))
 # tiktoken's own cache names a file by the digest of its address.
 GPT2_FILES = (
     Remote(
@@ -179,14 +181,18 @@ class BpeTokenizer(_BytePairs):
 
         self._model = model
         tokenizer = tokenizers.Tokenizer.from_str(model)
-        self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self._encode = lambda text: tokenizer.encode(_require_words(text), add_special_tokens=False).ids
         byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
         in_order = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         super().__init__([bytes(byte_of[char] for char in token) for token, _ in in_order])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
-        """Of at most `vocab_size` entries with the end of text; fewer if the corpus has no more pairs to merge."""
+        """Of at most `vocab_size` entries with the end of text; fewer if the corpus has no more pairs to merge.
+
+        Raises:
+            UserError: a text holds a word of `LONGEST_WORD` characters.
+        """
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -196,11 +202,21 @@ class BpeTokenizer(_BytePairs):
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(map(_require_words, texts), trainer)
         return cls(tokenizer.to_str())
 
     def to_json(self) -> dict:
         return {"kind": self.kind, "model": json.loads(self._model)}
+
+
+def _require_words(text: str) -> str:
+    """The text, if none of its words would take the `tokenizers` library minutes."""
+    if max(map(len, text.split()), default=0) >= LONGEST_WORD and (found := _LONG_WORD.search(text)):
+        raise UserError(
+            f"the text holds {LONGEST_WORD:,} letters, digits or signs in a row ({found[0][:20]}...), too many to pair "
+            "up; break them up by blanks or give --tokenizer char, byte or gpt2"
+        )
+    return text
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | Gpt2Tokenizer | BpeTokenizer
@@ -298,7 +314,10 @@ def _trained(corpus: Corpus, vocab_size: int, say: Callable[[str], None]) -> Bpe
         pass
     say(f"training a byte-pair vocabulary of {vocab_size:,} entries")
     texts = corpus.splits.get("train") or corpus.splits["all"]
-    tokenizer = BpeTokenizer.train(texts(), vocab_size)
+    try:
+        tokenizer = BpeTokenizer.train(texts(), vocab_size)
+    except UserError as e:
+        raise UserError(f"--dataset {corpus.name}: {e}") from None
     if tokenizer.vocab_size < vocab_size:
         say(f"the corpus has pairs to merge for {tokenizer.vocab_size:,} entries only")
     try:

@@ -176,6 +176,7 @@ def _require_enough(corpus: Corpus, config: TrainConfig, n_train: int, n_val: in
             f"block plus one ({block_size + 1}); give a longer text or a smaller --model.block-size"
         )
     chunks = n_chunks(n_train, block_size)
+    more = f" than --max-train-texts {config.max_train_texts}" if config.max_train_texts else ""
     if config.eval_batches and n_val >= 2**31:
         raise UserError(
             f"--eval-batches {config.eval_batches}: cannot draw from {n_val:,} tokens; give --max-val-tokens"
@@ -185,7 +186,7 @@ def _require_enough(corpus: Corpus, config: TrainConfig, n_train: int, n_val: in
     if config.packing != "windows" and chunks < config.batch_size:
         raise UserError(
             f"--dataset {corpus.name}: {chunks} chunks of --model.block-size {block_size} to train on, fewer than "
-            f"--batch-size {config.batch_size}; lower it, or give more text"
+            f"--batch-size {config.batch_size}; lower it, or give more text{more}"
         )
 
 
@@ -302,7 +303,10 @@ class _Writer:
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         end = self.tokenizer.end_of_text if self.corpus.documents else None
         suffix = np.array([] if end is None else [end], self.dtype)
-        return [np.concatenate([self.tokenizer.encode(text).astype(self.dtype), suffix]) for text in texts]
+        try:
+            return [np.concatenate([self.tokenizer.encode(text).astype(self.dtype), suffix]) for text in texts]
+        except UserError as e:
+            raise UserError(f"--dataset {self.corpus.name}: {e}") from None
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

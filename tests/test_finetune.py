@@ -145,6 +145,9 @@ def labelled(path, **values):
         ("x.csv", "txt,label\na,1\n", "no column 'text'.*did you mean txt"),
         ("x.jsonl", '{"text": "a", "label": 1.5}\n', "row 1 has the label 1.5"),
         ("x.jsonl", '{"text": 3, "label": 1}\n', "row 1 holds 3, not text"),
+        ("x.jsonl", '{"text": "a", "label": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
+        ("x.jsonl", '{"text": "a", "label": [1]}\n', "row 1 has the label .1."),
+        ("x.csv", f"text,label\na,{'1' * 5000}\n", "1 classes"),
         ("x.txt", "a\n", "no file of rows"),
     ],
 )

@@ -191,7 +191,11 @@ def test_a_single_text_knows_no_limits(text_file):
         ("jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
         ("jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2.*no column 'text'.*did you mean txt"),
         ("jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
+        ("jsonl", b'{"text": "a \\ud800"}\n', "line 1 holds half of a surrogate pair"),
+        ("jsonl", b"[" * 200_000, "line 1 is not JSON"),
         ("csv", b"", "no column 'text'; it has none"),
+        ("csv", b"text,other\na,b\na, cut here,b\n", "line 3 has more fields than the header"),
+        ("csv", b"text,text\na,b\n", "several columns are called 'text'"),
         ("parquet", b"PAR1 but no more", "cannot be read as parquet"),
     ],
 )
@@ -212,6 +216,26 @@ def test_long_texts_are_taken(tmp_path, bpe):
     assert "".join(pieces) == long * 10 and max(map(len, pieces)) < 1.1 * 2**20 < len(long * 10)
     with pytest.raises(UserError, match="100,000 blanks"):
         bpe.encode("a" + " " * 100_000)
+    (tmp_path / "x.jsonl").write_text('\ufeff{"text": "a"}\n{"text": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    assert list(load(tmp_path / "x.jsonl").splits["all"]()) == ["a", "\U0001f600"]  # a mark at the start; a whole pair
+
+
+def test_words_without_end_are_refused_where_pairs_would_take_minutes(tmp_path, bpe):
+    (tmp_path / "dna.txt").write_text("ACGT" * 10_000)
+    dna = load(tmp_path / "dna.txt")
+    for work in (
+        lambda: make_tokenizer("bpe:270", dna),
+        lambda: tokens.split_tokens(dna, bpe, config_of()),
+    ):
+        with pytest.raises(UserError, match="--dataset .*dna.txt: the text holds 20,000 letters.*(ACGTACGT|CGTACGTA)"):
+            work()
+    assert len(bpe.encode("2024-11-05," * 5_000)) > 10_000  # no blank, but words that end
+
+
+def test_a_text_that_cannot_be_tokenised_is_told_of_its_dataset(tmp_path, bpe):
+    corpus = load(written(tmp_path, "jsonl", ["a", "b" + " " * 100_000]))
+    with pytest.raises(UserError, match="--dataset .*jsonl: the text holds a run of 100,000 blanks"):
+        tokens.split_tokens(corpus, bpe, config_of())
 
 
 def test_rows_of_empty_texts_only(tmp_path):
