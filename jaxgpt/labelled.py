@@ -26,7 +26,7 @@ TEST_PART = 5  # one text of so many is set apart
 SPLIT_SEED = 0  # of what is set apart; a run's own seed must not change what it is tested on
 
 AG_NEWS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 Example = tuple[str, int]  # a text and its class
 
@@ -146,9 +146,11 @@ class _Found:
 
     @staticmethod
     def _plain(label: Any, named: str, number: int) -> Any:
-        """A label as a number where it is one: in CSV all are texts."""
+        """A label as a number where it is one, as CSV has it in text: 1, but not 01, which is a name; nor true, which equals 1."""
         if label is None or label == "":
             raise UserError(f"{named}: row {number} has no label; give it one, or leave that row out")
+        if isinstance(label, bool):
+            return str(label)
         if isinstance(label, str):
             return int(label) if _NUMBER.fullmatch(label.strip()) else label
         if isinstance(label, int):

@@ -175,6 +175,16 @@ def test_a_class_named_by_a_number_means_that(tmp_path):
     assert [label for _, label in data.train] == [0, 1] * 5 and [label for _, label in data.test] == [1, 0, 1, 0]
 
 
+def test_labels_that_are_equal_as_numbers_only_are_classes_of_their_own(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\n" + "a,1\nb,01\nc, 1\nd,0\n" * 5)
+    assert labelled(tmp_path / "x.csv").labels == ("0", "01", "1")
+    rows = [("a", True), ("b", 1), ("c", "1"), ("d", False)] * 5
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": a, "label": b}) + "\n" for a, b in rows))
+    data = labelled(tmp_path / "x.jsonl")
+    assert data.labels == ("1", "False", "True")
+    assert {text: data.labels[label] for text, label in data.train} == {"a": "True", "b": "1", "c": "1", "d": "False"}
+
+
 def test_labels_that_matplotlib_and_int_would_stumble_over(command, trained, tmp_path):
     names = {"north": "$_$", "south": "<$10 \\& more$", "east": "--5"}
     path = write(tmp_path / "x.csv", 60, label=lambda at, name: names[name])
