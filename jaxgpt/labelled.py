@@ -146,7 +146,7 @@ class _Found:
 
     @staticmethod
     def _plain(label: Any, named: str, number: int) -> Any:
-        """A label as a number where it is one, as CSV has it in text: 1, but not 01, which is a name; nor true, which equals 1."""
+        """A label as a number where it is one: in CSV all are texts. Not 01, nor true, which equals 1."""
         if label is None or label == "":
             raise UserError(f"{named}: row {number} has no label; give it one, or leave that row out")
         if isinstance(label, bool):
@@ -181,7 +181,7 @@ def _ag_news(named: str, data_dir: Path | None, say: Callable[[str], None]) -> _
 def _released(path: Path, named: str) -> list[tuple[str, Any]]:
     found = []
     try:
-        with path.open(newline="", encoding="utf-8") as f:
+        with path.open(newline="", encoding="utf-8-sig") as f:
             for number, row in enumerate(csv.reader(f), 1):
                 if len(row) != 3:
                     raise UserError(f"{named}: {path}: row {number} has {len(row)} columns, not class, title, text")

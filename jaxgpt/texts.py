@@ -112,11 +112,14 @@ def _csv_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[
         reader = csv.DictReader(f)
         require_columns(columns, reader.fieldnames or [], named)
         for row in reader:
-            if None in row:  # where `csv` puts what is too much
+            if any(row.get(None, ())):  # where `csv` puts what is too much; a comma at the end adds an empty field
                 raise UserError(
                     f"{named}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
                 )
-            yield tuple(row[column] for column in columns)
+            values = tuple(row[column] for column in columns)
+            if None in values:
+                raise UserError(f"{named}: line {reader.line_num} has fewer fields than the header; complete it")
+            yield values
 
 
 def _json_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple[Any, ...]]:
@@ -133,7 +136,7 @@ def _json_rows(path: Path, columns: Sequence[str], named: str) -> Iterator[tuple
             require_columns(columns, list(row), f"{named}, line {number}")
             values = tuple(row[column] for column in columns)
             if "\\u" in line and any(isinstance(v, str) and _SURROGATE.search(v) for v in values):
-                raise UserError(f"{named}: line {number} holds half of a surrogate pair, which no file can; mend it")
+                raise UserError(f"{named}: line {number} holds half of a surrogate pair (\\ud800 to \\udfff); mend it")
             yield values
 
 

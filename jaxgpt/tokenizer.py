@@ -22,8 +22,11 @@ from jaxgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDLESS = re.compile(r"\s{100000}")
-LONGEST_WORD = 20_000  # of one kind of characters: the `tokenizers` library takes time that grows with its square
-_LONG_WORD = re.compile("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]")))
+LONGEST_WORD = 20_000  # of one kind of characters: to train on it takes time that grows with its square
+_LONG_WORD, _LONG_BLANK = (  # each run is looked at once, from its start
+    re.compile("|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD}}}" for kind in kinds))
+    for kinds in ((r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)"), (r"\s",))
+)
 # tiktoken's own cache names a file by the digest of its address.
 GPT2_FILES = (
     Remote(
@@ -181,7 +184,7 @@ class BpeTokenizer(_BytePairs):
 
         self._model = model
         tokenizer = tokenizers.Tokenizer.from_str(model)
-        self._encode = lambda text: tokenizer.encode(_require_words(text), add_special_tokens=False).ids
+        self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
         in_order = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         super().__init__([bytes(byte_of[char] for char in token) for token, _ in in_order])
@@ -191,7 +194,7 @@ class BpeTokenizer(_BytePairs):
         """Of at most `vocab_size` entries with the end of text; fewer if the corpus has no more pairs to merge.
 
         Raises:
-            UserError: a text holds a word of `LONGEST_WORD` characters.
+            UserError: a text holds a word of `LONGEST_WORD` characters, or as many blanks.
         """
         import tokenizers
 
@@ -210,11 +213,12 @@ class BpeTokenizer(_BytePairs):
 
 
 def _require_words(text: str) -> str:
-    """The text, if none of its words would take the `tokenizers` library minutes."""
-    if max(map(len, text.split()), default=0) >= LONGEST_WORD and (found := _LONG_WORD.search(text)):
+    """The text, if the `tokenizers` library can learn from each of its words within a second."""
+    longest = max(map(len, text.split()), default=0)
+    if found := (_LONG_WORD.search(text) if longest >= LONGEST_WORD else None) or _LONG_BLANK.search(text):
         raise UserError(
-            f"the text holds {LONGEST_WORD:,} letters, digits or signs in a row ({found[0][:20]}...), too many to pair "
-            "up; break them up by blanks or give --tokenizer char, byte or gpt2"
+            f"the text holds {LONGEST_WORD:,} letters, digits, signs or blanks in a row ({found[0][:20]!r}...), too "
+            "many to learn pairs from; break them up or give --tokenizer char, byte or gpt2"
         )
     return text
 

@@ -16,7 +16,7 @@ from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data_files import NotAvailable
 from jaxgpt.errors import UserError
 from jaxgpt.texts import lines, text_pieces
-from jaxgpt.tokenizer import BpeTokenizer, ByteTokenizer, make_tokenizer
+from jaxgpt.tokenizer import BpeTokenizer, ByteTokenizer, decode, make_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 DOCUMENTS = ["The first text, long enough.", "", "Second: x", "Ein dritter Text mit Umlaut: ä.", "The fourth one."] * 8
@@ -195,6 +195,7 @@ def test_a_single_text_knows_no_limits(text_file):
         ("jsonl", b"[" * 200_000, "line 1 is not JSON"),
         ("csv", b"", "no column 'text'; it has none"),
         ("csv", b"text,other\na,b\na, cut here,b\n", "line 3 has more fields than the header"),
+        ("csv", b"other,text\na,b\ncut here\n", "line 3 has fewer fields than the header"),
         ("csv", b"text,text\na,b\n", "several columns are called 'text'"),
         ("parquet", b"PAR1 but no more", "cannot be read as parquet"),
     ],
@@ -218,18 +219,19 @@ def test_long_texts_are_taken(tmp_path, bpe):
         bpe.encode("a" + " " * 100_000)
     (tmp_path / "x.jsonl").write_text('\ufeff{"text": "a"}\n{"text": "\\ud83d\\ude00"}\n', encoding="utf-8")
     assert list(load(tmp_path / "x.jsonl").splits["all"]()) == ["a", "\U0001f600"]  # a mark at the start; a whole pair
+    (tmp_path / "x.csv").write_text("text,other\na,b,\nc\n")  # a comma at the end; a field left out that is not read
+    assert list(load(tmp_path / "x.csv").splits["all"]()) == ["a", "c"]
 
 
-def test_words_without_end_are_refused_where_pairs_would_take_minutes(tmp_path, bpe):
-    (tmp_path / "dna.txt").write_text("ACGT" * 10_000)
-    dna = load(tmp_path / "dna.txt")
-    for work in (
-        lambda: make_tokenizer("bpe:270", dna),
-        lambda: tokens.split_tokens(dna, bpe, config_of()),
-    ):
-        with pytest.raises(UserError, match="--dataset .*dna.txt: the text holds 20,000 letters.*(ACGTACGT|CGTACGTA)"):
-            work()
-    assert len(bpe.encode("2024-11-05," * 5_000)) > 10_000  # no blank, but words that end
+@pytest.mark.parametrize("unit", ["ACGT", "7", "_", "-_", " ", "\n"])
+def test_words_without_end_are_refused_where_learning_pairs_would_take_minutes(tmp_path, bpe, unit):
+    endless = unit * (40_000 // len(unit))
+    (tmp_path / "x.txt").write_text(f"a{endless}b")
+    with pytest.raises(UserError, match="--dataset .*x.txt: the text holds 20,000 letters, digits, signs or blanks"):
+        make_tokenizer("bpe:270", load(tmp_path / "x.txt"))
+    assert decode(bpe, bpe.encode(endless)) == endless  # with the pairs there are it takes no time
+    (tmp_path / "x.txt").write_text("2024-11-05," * 5_000 + f"a{endless[:19_990]}b")  # no blank, but words that end
+    assert make_tokenizer("bpe:270", load(tmp_path / "x.txt")).vocab_size > 257
 
 
 def test_a_text_that_cannot_be_tokenised_is_told_of_its_dataset(tmp_path, bpe):
