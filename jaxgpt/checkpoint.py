@@ -24,6 +24,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.train_step import TrainState
 
 Manager = ocp.CheckpointManager
+LARGE = 2**27  # bytes of a state: from here on it is not written beside the training on a CPU
 
 
 def open_checkpoints(folder: Path, keep: int = 3, writes: bool = True) -> Manager:
@@ -56,11 +57,11 @@ def _silence() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_late_writes(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":  # of a write that ends after another has failed
+    def without_late_ones(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # of a file that ends after another has failed
             hook(found)
 
-    sys.unraisablehook = without_late_writes
+    sys.unraisablehook = without_late_ones
 
 
 def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
@@ -75,14 +76,15 @@ def save(manager: Manager, state: TrainState, val_loss: float | None) -> None:
         if step in manager.all_steps():
             return
         on_cpu, alone = jax.default_backend() == "cpu", len(state.step.sharding.device_set) == 1
+        large = on_cpu and sum(x.nbytes for x in jax.tree.leaves(state)) >= LARGE
         if on_cpu and not alone:
             # Of arrays that are whole on every device orbax saves a slice from each: three times the work, here
             # beside the training, on the same cores. Copies, as the state's own memory is the next step's; and one
-            # at a time. A state on one device is large (`parallel.MOST_PARAMETERS`), and orbax would copy it again.
+            # at a time. Of a state on one device orbax makes the one copy itself.
             manager.wait_until_finished()
             state = jax.tree.map(lambda x: np.array(x, copy=True), state)
         manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True)
-        if on_cpu and alone:
+        if large:
             # Its copy and what is written of it would stand beside the step's own memory, and its work take from the
             # step's cores as much time as it takes alone (docs/benchmarks.md).
             manager.wait_until_finished()
@@ -138,7 +140,11 @@ def _told(path: Any, what: str, remedy: str) -> Iterator[None]:
     """Turns what orbax and tensorstore raise, which has no common base class, into one line."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as e:
         full = re.search("No space left on device|File too large|Disk quota exceeded", str(e))
         reason = full[0] if full else (str(e).splitlines() or [""])[0][:160]
+        if reason == "File too large":
+            remedy = "raise the limit on a file's size (ulimit -f), or move the run to a disk that takes larger files"
         raise UserError(f"{path}: the checkpoint {what} ({type(e).__name__}: {reason}); {remedy}") from e

@@ -6,6 +6,7 @@ that name only when it is complete; one that is damaged is made again.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -104,13 +105,15 @@ def sample_prompt(given: str | None, tokenizer: Tokenizer, corpus: Corpus) -> st
 def release(tokens_N: np.ndarray) -> None:
     """Lets go of what was read through a memory-mapped file: it counts as this process's memory until it ends.
 
-    The system keeps it at hand as long as it has room, so reading it again is cheap. Does nothing to other arrays.
+    The system keeps it at hand as long as it has room, so reading it again is cheap. Does nothing to other arrays. Not
+    for what was mapped to be changed in memory alone (`mode="c"`): the changes would be gone.
     """
     mapped: Any = tokens_N
     while isinstance(mapped, np.ndarray):
         mapped = mapped.base
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        mapped.madvise(mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # where memory is locked
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def n_chunks(n_tokens: int, block_size: int) -> int:

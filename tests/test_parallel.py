@@ -147,15 +147,20 @@ def test_the_loss_reported_is_the_one_before_the_update():
     assert metrics[0, 0] == pytest.approx(np.log(50), abs=0.05)  # of an untrained model
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("n_devices", [1, 2])
-def test_a_checkpoint_holds_the_state_of_its_save_whatever_becomes_of_its_memory(n_devices, tmp_path):
+def test_a_checkpoint_holds_the_state_of_its_save_whatever_becomes_of_its_memory(
+    n_devices, large, tmp_path, monkeypatch
+):
+    if large:
+        monkeypatch.setattr(checkpoint, "LARGE", 1)
     executor = parallel.Executor(Program(SMALL, 50, parallel.numerics(SMALL)), jax.devices()[:n_devices])
     loader = make_loader(TOKENS, Order(SMALL, len(TOKENS)), executor, "auto")
     state, _ = executor.updates(executor.init_state(), loader.take(0, 1), 1)
     kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
     manager = checkpoint.open_checkpoints(tmp_path / "checkpoints")
     checkpoint.save(manager, state, None)
-    if n_devices == 1:  # all there before the next step asks for memory
+    if large:  # all there before the next step asks for memory
         assert (tmp_path / "checkpoints/1/default").is_dir()
     for step in range(1, 30):  # each takes the state's memory
         state, _ = executor.updates(state, loader.take(step, 1), 1)
