@@ -10,7 +10,7 @@ from jax.lax import erf, optimization_barrier, rsqrt
 EPSILON = 1e-5  # PyTorch's default, and the write-ups'
 
 
-def _apart(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+def apart(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     """The arrays, computed once and written down before anything that uses them; on CPU alone.
 
     There XLA makes one loop of each array that it keeps, and computes again in each what several of them need: a row's
@@ -29,8 +29,8 @@ def layer_norm(x: Array, scale_C: Array, bias_C: Array) -> Array:
 
 
 def _layer_norm(x: Array, scale_C: Array, bias_C: Array) -> tuple[Array, tuple[Array, ...]]:
-    (mean,) = _apart((x.mean(-1, keepdims=True),))
-    mean, factor = _apart((mean, rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPSILON)))
+    (mean,) = apart((x.mean(-1, keepdims=True),))
+    mean, factor = apart((mean, rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPSILON)))
     return (x - mean) * factor * scale_C + bias_C, (x, mean, factor, scale_C)
 
 
@@ -39,7 +39,7 @@ def _layer_norm_back(kept: tuple[Array, ...], grad: Array) -> tuple[Array, Array
     x, mean, factor, scale_C = kept
     normal = (x - mean) * factor
     g = grad * scale_C
-    mean_g, mean_gn = _apart((g.mean(-1, keepdims=True), (g * normal).mean(-1, keepdims=True)))
+    mean_g, mean_gn = apart((g.mean(-1, keepdims=True), (g * normal).mean(-1, keepdims=True)))
     rows = tuple(range(grad.ndim - 1))
     return factor * (g - mean_g - normal * mean_gn), (grad * normal).sum(rows), grad.sum(rows)
 
@@ -68,7 +68,7 @@ def _normal_cdf(x: Array) -> Array:
 
 def _gelu_and_slope(x: Array) -> tuple[Array, Array]:
     cdf = _normal_cdf(x)
-    return _apart((x * cdf, cdf + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)))
+    return apart((x * cdf, cdf + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)))
 
 
 _exact_gelu.defvjp(_gelu_and_slope, lambda slope, grad: (slope * grad,))

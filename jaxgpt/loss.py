@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.nn import logsumexp
 
+from jaxgpt.elementwise import apart
 from jaxgpt.model import head_logits
 
 
@@ -69,6 +70,8 @@ def head_cross_entropy(
     weight_BT = jnp.ones(target_BT.shape, head_CV.dtype) if weight_BT is None else weight_BT.astype(head_CV.dtype)
     n_chunks = min(n_time, math.ceil(target_BT.size * n_vocab / logits_at_once))
     chunk_time = math.ceil(n_time / n_chunks)
+    even = max(n for n in range(1, chunk_time + 1) if n_time % n == 0)
+    chunk_time = even if 2 * even >= chunk_time else chunk_time  # nothing to fill, unless that makes many small ones
     n_chunks = math.ceil(n_time / chunk_time)  # of times rounded up fewer may do
 
     def chunks(a_BT: Array) -> Array:  # [B, T, ...] -> [J, B, S, ...], what is missing at the end filled with zeros
@@ -108,9 +111,11 @@ def _chunked_loss_and_grads(x_JBSC: Array, head_CV: Array, data_JBS: Any, n_voca
         # Tokens as one axis: over two, XLA's CPU backend first copies the largest array of the step, transposed.
         grad_NV = grad_BSV.reshape(-1, grad_BSV.shape[-1]).astype(compute_dtype)  # cast: the operands of both products
         x_NC = x_BSC.reshape(-1, x_BSC.shape[-1]).astype(compute_dtype)  # cast: the operands of both products
+        # Turned beforehand: else XLA packs the wide operand anew on a CPU, into 90 MB that it gives back each time.
+        (x_CN,) = apart((x_NC.T,))
         dot = partial(jnp.dot, preferred_element_type=head_CV.dtype)
         grad_x_NC = dot(grad_NV, head_CV.astype(compute_dtype).T)
-        return (loss + chunk_loss, grad_CV + dot(x_NC.T, grad_NV)), grad_x_NC.reshape(x_BSC.shape).astype(x_BSC.dtype)
+        return (loss + chunk_loss, grad_CV + dot(x_CN, grad_NV)), grad_x_NC.reshape(x_BSC.shape).astype(x_BSC.dtype)
 
     zeros = jnp.zeros((), head_CV.dtype), jnp.zeros_like(head_CV)
     (loss, grad_CV), grad_x_JBSC = lax.scan(add, zeros, (x_JBSC, data_JBS))
