@@ -140,11 +140,11 @@ def _told(path: Any, what: str, remedy: str) -> Iterator[None]:
     """Turns what orbax and tensorstore raise, which has no common base class, into one line."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as e:
         full = re.search("No space left on device|File too large|Disk quota exceeded", str(e))
         reason = full[0] if full else (str(e).splitlines() or [""])[0][:160]
+        if isinstance(e, MemoryError):
+            reason, remedy = "out of memory", "give the process more of it and start again"
         if reason == "File too large":
             remedy = "raise the limit on a file's size (ulimit -f), or move the run to a disk that takes larger files"
         raise UserError(f"{path}: the checkpoint {what} ({type(e).__name__}: {reason}); {remedy}") from e

@@ -70,8 +70,6 @@ def head_cross_entropy(
     weight_BT = jnp.ones(target_BT.shape, head_CV.dtype) if weight_BT is None else weight_BT.astype(head_CV.dtype)
     n_chunks = min(n_time, math.ceil(target_BT.size * n_vocab / logits_at_once))
     chunk_time = math.ceil(n_time / n_chunks)
-    even = max(n for n in range(1, chunk_time + 1) if n_time % n == 0)
-    chunk_time = even if 2 * even >= chunk_time else chunk_time  # nothing to fill, unless that makes many small ones
     n_chunks = math.ceil(n_time / chunk_time)  # of times rounded up fewer may do
 
     def chunks(a_BT: Array) -> Array:  # [B, T, ...] -> [J, B, S, ...], what is missing at the end filled with zeros
