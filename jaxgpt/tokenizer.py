@@ -21,12 +21,17 @@ from jaxgpt.datasets import Corpus
 from jaxgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_ENDLESS = re.compile(r"\s{100000}")
 LONGEST_WORD = 20_000  # of one kind of characters: to train on it takes time that grows with its square
-_LONG_WORD, _LONG_BLANK = (  # each run is looked at once, from its start
-    re.compile("|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD}}}" for kind in kinds))
-    for kinds in ((r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)"), (r"\s",))
-)
+
+
+def _run(length: int, *kinds: str) -> re.Pattern[str]:
+    """Finds so many characters of one kind in a row. Each run is looked at once, from its start: time is linear."""
+    return re.compile("|".join(f"(?<!{kind}){kind}{{{length}}}" for kind in kinds))
+
+
+_ENDLESS = _run(100_000, r"\s")
+_LONG_WORD, _LONG_BLANK = _run(LONGEST_WORD, r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)"), _run(LONGEST_WORD, r"\s")
+
 # tiktoken's own cache names a file by the digest of its address.
 GPT2_FILES = (
     Remote(
@@ -214,8 +219,10 @@ class BpeTokenizer(_BytePairs):
 
 def _require_words(text: str) -> str:
     """The text, if the `tokenizers` library can learn from each of its words within a second."""
-    longest = max(map(len, text.split()), default=0)
-    if found := (_LONG_WORD.search(text) if longest >= LONGEST_WORD else None) or _LONG_BLANK.search(text):
+    found = _LONG_BLANK.search(text)
+    if not found and max(map(len, text.split()), default=0) >= LONGEST_WORD:  # rare, and quicker to see
+        found = _LONG_WORD.search(text)
+    if found:
         raise UserError(
             f"the text holds {LONGEST_WORD:,} letters, digits, signs or blanks in a row ({found[0][:20]!r}...), too "
             "many to learn pairs from; break them up or give --tokenizer char, byte or gpt2"
