@@ -1,42 +1,55 @@
-# make train | make parity | make test | make env | make bench.  `make train ARGS="--steps 20"` passes flags on.
+# make train | test | test-all | parity | bench | docs | lint | env.  `make train ARGS="--steps 20"` passes flags on.
 .DEFAULT_GOAL := help
-.PHONY: help train parity test env bench lint clean
+.PHONY: help train parity test test-all env bench docs lint clean
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
 ARGS ?=
+# Test processes; each compiles on one core.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # The newest of these that works: a name on the PATH may be a shim that only prints an error.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 # GPU support where an NVIDIA driver answers.
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 help:
-	@echo 'make train   train a character GPT on tinyshakespeare (ARGS="--steps 20" passes flags on)'
-	@echo 'make parity  hold this machine against PyTorch, rung by rung (ARGS="--quick" for the core)'
-	@echo 'make test    run every test, those against PyTorch included'
-	@echo 'make env     build the complete environment in $(VENV) and stop'
-	@echo 'make bench   time a step against PyTorch on this machine'
-	@echo 'make lint    ruff'
+	@echo 'make train     train a character GPT on tinyshakespeare (ARGS="--steps 20" passes flags on)'
+	@echo 'make test      the default tests: five minutes on two cores'
+	@echo 'make test-all  all tests: every mutant, kills at random moments, the commands of the docs'
+	@echo 'make parity    hold this machine against PyTorch, check by check (ARGS="--quick" for the core)'
+	@echo 'make bench     time a step against PyTorch on this machine'
+	@echo 'make docs      build the site into docs/_build/html'
+	@echo 'make lint      ruff, import contracts, pyright'
+	@echo 'make env       build the complete environment in $(VENV) and stop'
 
 train: $(VENV)/.core
-	$(VENV)/bin/python scripts/train.py --dataset tinyshakespeare,pydoc $(ARGS)
+	$(VENV)/bin/jaxgpt train --dataset tinyshakespeare,pydoc $(ARGS)
 
 parity: $(VENV)/.test
-	$(VENV)/bin/python scripts/parity.py $(ARGS)
+	$(VENV)/bin/jaxgpt parity $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-env: $(VENV)/.test
+test-all: $(VENV)/.test
+	$(PYTEST) $(ARGS)
+
+env: $(VENV)/.test $(VENV)/.lint
 
 bench: $(VENV)/.test
-	$(VENV)/bin/python scripts/bench.py $(ARGS)
+	$(VENV)/bin/jaxgpt bench $(ARGS)
 
-lint: $(VENV)/.test
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
+lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/basedpyright --warnings
 
 $(VENV)/bin/python:
 	@test -n '$(PYTHON)' || { echo 'error: no working Python 3.11 or newer with venv; install one, or make PYTHON=/path/to/python3' >&2; exit 2; }
@@ -53,5 +66,13 @@ $(VENV)/.test: $(VENV)/.core
 	@$(PIP) -e '.[test$(CUDA:%=,%)]'
 	@touch $@
 
+$(VENV)/.lint: $(VENV)/.test
+	@$(PIP) -e '.[test,lint$(CUDA:%=,%)]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	@$(PIP) -e '.[test,docs$(CUDA:%=,%)]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build

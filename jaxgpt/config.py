@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses whose every field is a flag of `scripts/train.py` or `finetune.py`.
+"""The configuration: frozen dataclasses whose every field is a flag of `jaxgpt train` or `jaxgpt finetune`.
 
 A field's docstring is its help text. Values are checked at construction; the errors name the flag, the value and the
 remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` uses the same classes.
@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from jaxgpt.checks import require, require_at_least, require_at_most, require_seed
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, require, require_at_least, require_at_most, require_seed
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The update rule. The defaults are PyTorch's AdamW at the write-ups' learning rate."""
+    """The update rule and its schedule. The defaults are PyTorch's AdamW at the tutorials' learning rate."""
+
+    steps: int = 5000
+    """Updates; with --epochs at most so many."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Update rule; each is defined as in torch.optim."""
@@ -114,8 +116,8 @@ class OptimizerConfig:
                 not (value and ignored), name, value, f"has an effect only with {needed}; add that, or leave it out"
             )
 
-    def check_schedule(self, steps: int) -> None:
-        """Raises `UserError` for a schedule that `steps` updates cannot hold."""
+    def check_schedule(self) -> None:
+        """Raises `UserError` for a schedule that does not fit into `steps` updates."""
         if self.schedule == "warmup-cosine":
             require(
                 self.warmup_steps < self.cosine_end,
@@ -126,11 +128,11 @@ class OptimizerConfig:
         if self.schedule != "constant":
             require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
             # The rates are a table that goes into the compiled program.
-            require(steps <= 10**7, "steps", steps, "with a schedule, give at most 10000000")
+            require(self.steps <= 10**7, "steps", self.steps, "with a schedule, give at most 10000000")
 
     @property
     def cosine_end(self) -> int:
-        """The step at which the cosine reaches `min_lr`; the class that extends this one has the `steps`."""
+        """The step at which the cosine reaches `min_lr`."""
         return self.decay_steps or self.steps
 
     @property
@@ -157,7 +159,7 @@ class RunConfig:
     """Stop after so many reports in a row whose validation loss was no better (0 = never). The best checkpoint is then
     the run's result."""
     min_delta: float = 0.0
-    """patience: better is lower by more than so many nats than the best before."""
+    """patience: minimum improvement of the validation loss on the best before, in nats."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the forward pass; master weights stay float32 (float64 in float64). auto: float32 on CPU, else bfloat16."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -236,12 +238,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoopConfig(DataConfig, RunConfig):
-    """What is trained on, how long, and what is reported."""
+    """What is trained on, for how many epochs, and what is reported."""
 
     preset: Literal["tinygpt", "minigpt", "wikitext2", "nanogpt-char", "nanogpt-cpu"] = "minigpt"
     """The documented loop whose values are the defaults of all other flags."""
-    steps: int = 5000
-    """Updates; with --epochs at most so many."""
     epochs: int = 0
     """Passes over all chunks (0 = no limit but --steps)."""
     eval_every: int = 500
@@ -267,7 +267,7 @@ class LoopConfig(DataConfig, RunConfig):
         """Raises `UserError` for a value out of its range."""
         self.check_run()
         self.check_data()
-        require_at_least(1, self, "steps", "sample_tokens")
+        require_at_least(1, self, "sample_tokens")
         require_at_least(0, self, "epochs", "eval_every", "eval_batches", "sample_top_k")
         require_at_least(0, self, "diagnose_every", "attention_every", "sample_every")
         require_at_most(10**6, self, "sample_tokens")
@@ -286,12 +286,13 @@ class TrainConfig(OptimizerConfig, LoopConfig):
     """All that determines a run's numbers; saved as its `config.json`."""
 
     def __post_init__(self):
+        require_at_least(1, self, "steps")
         self.check_loop()
         if self.max_val_tokens:
             remedy = f"less than a window of {self.model.block_size + 1}; raise it, or leave it out"
             require(self.max_val_tokens > self.model.block_size, "max_val_tokens", self.max_val_tokens, remedy)
         self.check_optimizer()
-        self.check_schedule(self.steps)
+        self.check_schedule()
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
     lr: float = 1e-4
     """Peak learning rate."""
     steps: int = 0
-    """Updates: what the epochs come to."""
+    """Updates: the total, derived from the epochs."""
 
     eval_every: ClassVar[int] = 0  # after each epoch
 
@@ -334,7 +335,7 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
         remedy = f"more than the model's block of {self.model.block_size}; lower it"
         require(self.max_tokens <= self.model.block_size, "max_tokens", self.max_tokens, remedy)
         if self.steps:
-            self.check_schedule(self.steps)
+            self.check_schedule()
 
 
 @dataclass(frozen=True)
@@ -365,15 +366,24 @@ class SamplingConfig:
         require(last < 2**31, "samples", self.samples, f"its last seed would be {last}; lower it, or --seed")
 
 
+_CLASS_OF_TASK = {"language_modeling": TrainConfig, "classification": FinetuneConfig}
+
+
 def to_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
-    """The configuration as plain values, nested as the classes are."""
-    return dataclasses.asdict(config)
+    """The configuration as plain values, nested as the classes are, with the name of its "task"."""
+    task = next(name for name, kind in _CLASS_OF_TASK.items() if isinstance(config, kind))
+    return {"task": task, **dataclasses.asdict(config)}
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig | FinetuneConfig:
-    """The inverse of `to_json`. Raises `UserError` naming fields that are unknown."""
-    kind = FinetuneConfig if "pool" in values else TrainConfig
-    # Fields that are missing came later; their defaults are the past.
+    """The inverse of `to_json`. Raises `UserError` that names unknown fields, or an unknown task."""
+    values = dict(values)
+    # Runs begun before config.json named the task: only a classifier has a "pool".
+    task = values.pop("task", "classification" if "pool" in values else "language_modeling")
+    if task not in _CLASS_OF_TASK:
+        raise UserError(f"config.json was written by another version: its task is {task}")
+    kind = _CLASS_OF_TASK[task]
+    # A missing field was added after the file was written; its default is what the program did then.
     unknown = [name for name in values if name not in {f.name for f in dataclasses.fields(kind)}]
     unknown += [name for name in values["model"] if name not in {f.name for f in dataclasses.fields(ModelConfig)}]
     if unknown:
@@ -383,7 +393,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig | FinetuneConfig:
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """The fields in which two configurations differ: (dotted name, value in a, value in b)."""
-    flat_a, flat_b = _flatten(to_json(a)), _flatten(to_json(b))
+    flat_a, flat_b = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
     names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
     return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]
 

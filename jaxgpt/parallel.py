@@ -1,9 +1,9 @@
-"""How the pure functions meet devices: `jit` over a mesh, or `pmap`. Nothing else knows devices.
+"""Data parallelism over local devices: `jit` with `shard_map`, or `pmap`. Nothing else knows devices.
 
-In both, the state is whole on every device and has no device axis, the tokens are whole on every device, and the batch
-is divided: a step computes which rows are its own. What is compiled takes the number of steps as an argument, so one
-program serves every dispatch. A CPU's cores are devices, too: each takes its rows a few at a time, which stay in its
-cache, instead of sharing every small operation with the others (docs/benchmarks.md).
+In both, every device holds the whole state and all tokens, and the batch is divided: each device computes the sums over
+its own rows, and an all-reduce adds them up. What is compiled takes the number of steps as an argument, so one program
+serves every dispatch. A CPU's cores are devices, too: each takes its rows in microbatches that stay in its cache,
+instead of sharing every small operation with the others (docs/speed-log.md).
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.batches import Feed
+from jaxgpt.compilation_cache import enable_compilation_cache
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
-from jaxgpt.model import Numerics
-from jaxgpt.program_cache import keep_programs
-from jaxgpt.train_step import ALONE, Program, Shards, TrainState
+from jaxgpt.model.gpt import Numerics
+from jaxgpt.objective import Objective
+from jaxgpt.train_step import SINGLE_DEVICE, StepContext, TrainState, eval_step, init_state, train_steps
 
 AXIS = "data"
-# On a CPU, of several devices:
-TOKENS_AT_ONCE = 128  # of a device's rows; their activations fit a core's cache
-LEAST_TOKENS = 64  # of a device in a step: fewer cost more to add up than they save
-PARAMETERS_A_TOKEN = 12_000  # each device adds up and updates them all: it must have enough tokens to make up for it
-MOST_PARAMETERS = 2**24  # each device holds its own, and its moments
+
+
+@dataclass(frozen=True)
+class CpuTuning:
+    """Where dividing a step over a CPU's cores pays. None of it changes what a step computes, but for rounding.
+
+    The values were measured on one two-core machine; `jaxgpt bench --tune-cpu` measures them on another.
+    """
+
+    microbatch_tokens: int | None = 128  # of a device's rows; their activations fit a core's cache. None: all rows
+    min_device_tokens: int = 64  # of a device in a step: fewer cost more to all-reduce than they save
+    params_per_token: int = 12_000  # each device all-reduces and updates them all: its tokens must make up for it
+    max_params: int = 2**24  # each device holds its own, and its moments
+
+    def n_devices(self, n_params: int, batch_size: int, tokens_per_step: int, n_cores: int) -> int:
+        """How many of `n_cores` devices share a step: as many as divide the batch, as far as that is faster."""
+        if n_params > self.max_params:
+            return 1
+        min_tokens = max(self.min_device_tokens, n_params // self.params_per_token)
+        most = min(n_cores, tokens_per_step // min_tokens)
+        return max(n for n in range(1, max(most, 1) + 1) if batch_size % n == 0)
+
+
+CPU_TUNING = CpuTuning()
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 
 
-def prepare(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
-    """Process-wide settings, before the first array: CPU devices, float64 if asked for, exact products, the cache."""
-    if not _cpu_devices_are_given() and jax.config.jax_num_cpu_devices < 0:
+def configure_jax(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None:
+    """Sets JAX's process-wide options, before the first array.
+
+    They are the number of CPU devices, float64 if asked for, products in full precision, and the compilation cache.
+    """
+    given: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if not _cpu_devices_are_given() and given < 0:
         with contextlib.suppress(RuntimeError):  # there are arrays already, as in a notebook: it stays at one device
             jax.config.update("jax_num_cpu_devices", usable_cores())
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # TF32 on GPU and bfloat16 passes on TPU are not float32; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
-    keep_programs(cache_dir)
+    enable_compilation_cache(cache_dir)
 
 
 def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
@@ -65,7 +91,7 @@ def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
         return found
     # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
     # matrix units from their fast path. Three products in one start are one (on CPU it gains nothing: benchmarks.md).
-    return dataclasses.replace(found, logits_at_once=2**29, head_multiple=128, fused_qkv=True)
+    return dataclasses.replace(found, chunk_logits=2**29, head_multiple=128, fused_qkv=True)
 
 
 def _has_flash_attention(head_size: int) -> bool:
@@ -92,28 +118,25 @@ def usable_cores() -> int:
     return n_cores
 
 
-def devices_for(program: Program) -> list[Any]:
+def devices_for(objective: Objective) -> list[Any]:
     """All local devices; of a CPU's cores as many as divide the batch, as far as that is faster."""
-    devices, config = jax.local_devices(), program.config
+    devices, config = jax.local_devices(), objective.config
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
-    n_params = sum(math.prod(p.shape) for p in program.state_shapes.params.values())
-    if n_params > MOST_PARAMETERS:
-        return devices[:1]
-    most = min(len(devices), config.tokens_per_step // max(LEAST_TOKENS, n_params // PARAMETERS_A_TOKEN))
-    return devices[: max(n for n in range(1, max(most, 1) + 1) if config.batch_size % n == 0)]
+    n_params = sum(math.prod(p.shape) for p in jax.eval_shape(objective.init_params).values())
+    return devices[: CPU_TUNING.n_devices(n_params, config.batch_size, config.tokens_per_step, len(devices))]
 
 
-def one_device() -> list[Any]:
+def one_device(objective: Objective | None = None) -> list[Any]:
     """The first local device alone: any batch divides by it."""
     return jax.local_devices()[:1]
 
 
-def cores_or_one_device(program: Program) -> list[Any]:
+def cores_or_one_device(objective: Objective) -> list[Any]:
     """A CPU's cores as in training, so that a run's figures are the same to the last bit; of accelerators one."""
-    devices = devices_for(program)
-    whole = devices[0].platform == "cpu" and program.config.batch_size % len(devices) == 0
-    return devices if whole else devices[:1]
+    devices = devices_for(objective)
+    divides = devices[0].platform == "cpu" and objective.config.batch_size % len(devices) == 0
+    return devices if divides else devices[:1]
 
 
 def on_one_device(tree: Any) -> Any:
@@ -122,26 +145,32 @@ def on_one_device(tree: Any) -> Any:
 
 
 class Executor:
-    """A configuration's program, compiled for `devices_for` it, or for the devices given.
+    """An objective's steps, compiled for `devices_for` it, or for the devices given.
 
     Raises:
         UserError: the batch does not divide by the devices.
     """
 
-    def __init__(self, program: Program, devices: list[Any] | None = None):
-        devices = devices if devices is not None else devices_for(program)
-        config = program.config
+    def __init__(self, objective: Objective, devices: list[Any] | None = None):
+        devices = devices if devices is not None else devices_for(objective)
+        config = objective.config
         if config.batch_size % len(devices):
             raise UserError(
                 f"--batch-size {config.batch_size}: not divisible by the {len(devices)} devices of this machine; "
                 f"choose a multiple of {len(devices)}"
             )
-        self.program = program
+        self.objective = objective
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        self._build = _jit if config.parallel == "jit" else _pmap
-        self._updates = self._build(program.updates, self.mesh, donate=True)
-        self._ahead: Future | None = None
-        self._evaluate = self.compiled(program.evaluate)
+        self._compile = _jit if config.parallel == "jit" else _pmap
+        self._train_steps = self._compile(partial(train_steps, objective), self.mesh, donate=True)
+        self._compiling: Future | None = None
+        eval_batch = partial(eval_step, objective)
+        self._evaluate = self.compiled(lambda params, inputs, targets, ctx: eval_batch(params, (inputs, targets), ctx))
+
+    @property
+    def config(self) -> Any:
+        """The objective's configuration."""
+        return self.objective.config
 
     def describe_devices(self) -> str:
         """The devices for a person: "CPU", "2 x CPU" or the accelerator's name."""
@@ -155,114 +184,128 @@ class Executor:
         stats = self.mesh.devices.item(0).memory_stats() or {}
         return stats["bytes_limit"] // 8 if "bytes_limit" in stats else 2**28 // self.mesh.size
 
-    def compiled(self, function: Callable) -> Callable:
-        """A pure function (first, *rest, shards) compiled for the devices, to be called without its shards."""
-        return self._build(function, self.mesh, donate=False)
+    def compiled(self, function: Callable, donate: bool = False) -> Callable:
+        """A pure function (first, *rest, ctx) compiled for the devices, to be called without its `StepContext`.
+
+        Args:
+            donate: whether the result may take the first argument's memory.
+        """
+        return self._compile(function, self.mesh, donate=donate)
 
     def put(self, tree: Any) -> Any:
         """The tree's arrays, whole on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(tree, self._replicated)
+
+    @property
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def init_state(self) -> TrainState:
         """The initial state on the devices. Not in one jit: compiling so many random draws together takes seconds."""
-        return self.put(self.program.init_state())
+        return self.put(init_state(self.objective))
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        shapes = self.program.state_shapes
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+        shapes = jax.eval_shape(partial(init_state, self.objective))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), shapes)
 
-    def compile_ahead(self, feed: Feed) -> None:
-        """Begins to compile `updates` for feeds like this one beside what comes next, as the state has yet to be made.
+    def compile_ahead(self, source: Any) -> None:
+        """Begins to compile `train_steps` for sources like this one in the background, while the state is made.
 
         Under pmap it does nothing: the first call compiles.
         """
-        if self.program.config.parallel == "jit":
+        if self.config.parallel == "jit":
             pool = ThreadPoolExecutor(1)
-            self._ahead = pool.submit(lambda: self._updates.lower(self.abstract_state(), feed, jnp.int32(0)).compile())
+            lower = self._train_steps.lower
+            self._compiling = pool.submit(lambda: lower(self.abstract_state(), source, jnp.int32(0)).compile())
             pool.shutdown(wait=False)
 
-    def updates(self, state: TrainState, feed: Feed, n_steps: int) -> tuple[TrainState, np.ndarray]:
-        """`n_steps` updates; 0 only compiles. Donates the state, waits, and returns host metrics [n_steps, 2]."""
-        if self._ahead is not None:
-            self._updates, self._ahead = self._ahead.result(), None
-        state, metrics_K2 = self._updates(state, feed, jnp.int32(n_steps))
+    def train_steps(self, state: TrainState, source: Any, n_steps: int) -> tuple[TrainState, np.ndarray]:
+        """`n_steps` updates in one dispatch; 0 only compiles.
+
+        Donates the state and waits for the result.
+
+        Returns:
+            The new state, and on the host loss and gradient norm of each step, [n_steps, 2].
+        """
+        if self._compiling is not None:
+            self._train_steps, self._compiling = self._compiling.result(), None
+        state, metrics_K2 = self._train_steps(state, source, jnp.int32(n_steps))
         return state, np.asarray(metrics_K2)[:n_steps]
 
-    def memory(self, feed: Feed) -> dict[str, int]:
-        """What the compiler plans for `updates` on each device, in bytes; compiles it anew."""
+    def memory(self, source: Any) -> dict[str, int]:
+        """What the compiler plans for `train_steps` on each device, in bytes; compiles it anew."""
         state = self.abstract_state()
-        program = _jit(self.program.updates, self.mesh, donate=True)  # under pmap each device has the same
-        plan = program.lower(state, feed, jnp.int32(0)).compile().memory_analysis()
+        steps = _jit(
+            partial(train_steps, self.objective), self.mesh, donate=True
+        )  # under pmap each device has the same
+        plan = steps.lower(state, source, jnp.int32(0)).compile().memory_analysis()
 
         def size(tree: Any) -> int:
             return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-        kept = {"weights": size(state.params), "optimiser state": size(state.opt_state), "tokens": size(feed)}
+        kept = {"weights": size(state.params), "optimiser state": size(state.opt_state), "tokens": size(source)}
         return {**kept, "activations and gradients": plan.temp_size_in_bytes}
 
-    def evaluate(self, params: Any, scored: Iterable[tuple]) -> np.ndarray:
-        """Of each batch what `Program.evaluate` sums up, in float64: [J, 2], the loss and the number of targets."""
+    def evaluate(self, params: Any, batches: Iterable[tuple]) -> np.ndarray:
+        """Of each batch the sums of `eval_step` in float64, ravelled: [J, 2 or more], the loss and the count first."""
         sums: list[np.ndarray] = []
-        computing: list[Any] = []  # some batches ahead of what is read back
-        for batch in scored:
-            computing.append(self._evaluate(params, *batch))
-            if len(computing) > 8:
-                sums.append(_flat(computing.pop(0)))
-        return np.stack(sums + [_flat(tree) for tree in computing])
+        in_flight: list[Any] = []  # dispatch some batches ahead of what is read back
+        for batch in batches:
+            in_flight.append(self._evaluate(params, *batch))
+            if len(in_flight) > 8:
+                sums.append(_ravelled(in_flight.pop(0)))
+        return np.stack(sums + [_ravelled(tree) for tree in in_flight])
 
 
-def _flat(tree: Any) -> np.ndarray:
+def _ravelled(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
-def _shards(mesh: Mesh, index: Array) -> Shards:
-    """The share of the device number `index`: its rows in order, and sums over all."""
+def _step_context(mesh: Mesh, index: Array) -> StepContext:
+    """The data-parallel context of one device of a mesh, by its index."""
     on_cpu = mesh.devices.item(0).platform == "cpu"
 
-    def rows(x_B: Array) -> Array:
+    def local_rows(x_B: Array) -> Array:
         rows_each = x_B.shape[0] // mesh.size
         return lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each)
 
-    def total(tree: Any) -> Any:
-        # A sum over CPU devices is a meeting of their threads, which costs more than what it adds up: one for all
-        # arrays, not one for each. XLA does that by itself elsewhere.
-        return _as_one(lambda x: lax.psum(x, AXIS), tree) if on_cpu else lax.psum(tree, AXIS)
+    return StepContext(
+        local_rows,
+        _all_reduce_ravelled if on_cpu else _all_reduce,
+        CPU_TUNING.microbatch_tokens if on_cpu and mesh.size > 1 else None,
+    )
 
-    return Shards(rows, total, TOKENS_AT_ONCE if on_cpu and mesh.size > 1 else None)
+
+def _all_reduce(sums: Any) -> Any:
+    return lax.psum(sums, AXIS)
 
 
-def _as_one(function: Callable[[Array], Array], tree: Any) -> Any:
-    """A function of single numbers, of the tree's arrays laid end to end, for each dtype."""
-    leaves, form = jax.tree.flatten(tree)
-    for dtype in {x.dtype: None for x in leaves}:
-        of_dtype = [k for k, x in enumerate(leaves) if x.dtype == dtype]
-        ends = np.cumsum([leaves[k].size for k in of_dtype])
-        flat_N = function(jnp.concatenate([leaves[k].ravel() for k in of_dtype]))
-        for k, part in zip(of_dtype, jnp.split(flat_N, ends[:-1]), strict=True):
-            leaves[k] = part.reshape(leaves[k].shape)
-    return jax.tree.unflatten(form, leaves)
+def _all_reduce_ravelled(sums: Any) -> Any:
+    """One all-reduce of the ravelled pytree. On a CPU it synchronises the devices' threads, which costs more than the
+    additions: once for all arrays, not once for each. Elsewhere XLA combines them by itself."""
+    sums_N, unravel = ravel_pytree(sums)
+    return unravel(_all_reduce(sums_N))
 
 
 def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:
     """One program for all devices, each with its index in the mesh."""
-    whole, alone = PartitionSpec(), mesh.size == 1
+    replicated, single = PartitionSpec(), mesh.size == 1
 
     def program(*args):
-        return function(*args, ALONE if alone else _shards(mesh, lax.axis_index(AXIS)))
+        return function(*args, SINGLE_DEVICE if single else _step_context(mesh, lax.axis_index(AXIS)))
 
-    if not alone:
-        # check_vma would put sums of its own into the gradients of what is whole everywhere: ours are written out.
-        program = jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=NamedSharding(mesh, whole))
+    if not single:
+        # check_vma would insert all-reduces of its own into the gradients of replicated arrays: ours are written out.
+        program = jax.shard_map(program, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
+    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=NamedSharding(mesh, replicated))
 
 
 def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:
-    """The same program on each device, told its index."""
+    """The same program on each device, which gets its index as an argument."""
 
     def program(first, rest, index):
-        return function(first, *rest, _shards(mesh, index))
+        return function(first, *rest, _step_context(mesh, index))
 
     mapped = jax.pmap(
         program,

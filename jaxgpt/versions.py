@@ -5,7 +5,7 @@ from importlib import metadata
 
 from jaxgpt.errors import UserError
 
-# These compute some CPU reductions wrong, silently (`tests/test_versions.py` holds the case that shows it).
+# These compute some CPU reductions wrong, silently (`tests/unit/test_versions.py` holds the case that shows it).
 WRONG_JAXLIBS = ("0.10.2", "0.11.0")
 
 

@@ -1,4 +1,4 @@
-"""Faults in how a batch is divided over devices and parts, by what they are called."""
+"""Faults in how a batch is divided over devices and microbatches, by what they are called."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,46 +7,44 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt import parallel
-from jaxgpt.train_step import Shards
-from parity_tests.faults import Patch, wrap
+from jaxgpt import parallel, train_step
+from parity_tests.engine.mutants import Patch, put, wrap
 
 
-def clipped_before(real: Callable[..., Any]) -> Callable[..., Any]:
-    def mutated(function: Any, tree: Any) -> Any:
-        (loss, count), *grads = tree
-        if grads:
-            scale = jnp.minimum(1, 0.1 * count / optax.tree.norm(grads))
-            tree = (loss, count), *jax.tree.map(lambda g: g * scale, grads)
-        return real(function, tree)
+def clipped_before(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def mutated(sums: Any) -> Any:
+        (loss_sum, count), grad_sums = sums
+        scale = jnp.minimum(1, 0.1 * count / optax.tree.norm(grad_sums))
+        return real(((loss_sum, count), jax.tree.map(lambda g: g * scale, grad_sums)))
 
     return mutated
 
 
-def summed_of(choose: Callable[[Any, int], Any]) -> Patch:
-    """The sums over other arrays than a program's rows, given the rows and how many are a part."""
+def accumulated_over(choose: Callable[[Any, int], Any]) -> Patch:
+    """`accumulate` over other rows than the device's, given these and how many make a microbatch."""
 
     def wrapper(real: Callable[..., Any]) -> Callable[..., Any]:
-        def mutated(self: Shards, sums: Any, *batch: Any) -> Any:
-            return real(self, sums, *choose(batch, self.rows_at_once(*batch[0].shape)))
+        def mutated(sums: Any, batch: Any, microbatch_tokens: int | None) -> Any:
+            n = train_step.microbatch_rows(*jnp.shape(batch[0]), microbatch_tokens)
+            return real(sums, choose(batch, n), microbatch_tokens)
 
         return mutated
 
-    return wrap(Shards, "summed", wrapper)
+    return wrap(train_step, "accumulate", wrapper)
 
 
 def first_keys(batch: Any, n: int) -> Any:
-    *arrays, last = batch
-    if last is not None and jax.dtypes.issubdtype(last.dtype, jax.dtypes.prng_key):
-        last = jnp.concatenate([last[:n]] * (len(last) // n))
-    return *arrays, last
+    *arrays, row_key_B = batch
+    return *arrays, jnp.concatenate([row_key_B[:n]] * (len(row_key_B) // n))
 
 
 FAULTS: dict[str, Patch] = {
-    "each device keeps its own gradient": wrap(parallel, "_as_one", lambda real: lambda function, tree: tree),
-    "the same rows on every device": wrap(parallel, "_shards", lambda real: lambda mesh, index: real(mesh, index * 0)),
-    "clipped before the sum over devices": wrap(parallel, "_as_one", clipped_before),
-    "a part's sums for those of all": summed_of(lambda batch, n: jax.tree.map(lambda x: x[-n:], batch)),
-    "the last part left out": summed_of(lambda batch, n: jax.tree.map(lambda x: x[:-n], batch)),
-    "one part's dropout masks for all parts": summed_of(first_keys),
+    "each device keeps its own gradient": put(parallel, "_all_reduce_ravelled", lambda sums: sums),
+    "the same rows on every device": wrap(
+        parallel, "_step_context", lambda real: lambda mesh, index: real(mesh, index * 0)
+    ),
+    "clipped before the sum over devices": wrap(parallel, "_all_reduce_ravelled", clipped_before),
+    "a microbatch's sums for those of all": accumulated_over(lambda batch, n: jax.tree.map(lambda x: x[-n:], batch)),
+    "the last microbatch left out": accumulated_over(lambda batch, n: jax.tree.map(lambda x: x[:-n], batch)),
+    "one microbatch's dropout masks for all": accumulated_over(first_keys),
 }

@@ -1,9 +1,9 @@
-"""How faults are planted: patches of the JAX side, built from what to change. `mutants.py` has the list."""
+"""Faults of the model, the step, the optimizer and the data: patches of the JAX side. `mutants.py` has the list."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -13,31 +13,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import batches, convert, generate, loss, model, optimizer
-from jaxgpt.model import GPT, Block, Linear
-from jaxgpt.train_step import Program
-
-Patch = Callable[[], AbstractContextManager[Any]]
-
-
-def put(target: Any, name: str, value: Any) -> Patch:
-    return lambda: patch.object(target, name, value)
-
-
-def wrap(target: Any, name: str, wrapper: Callable[[Any], Any]) -> Patch:
-    """Replaces target.name by wrapper(the original)."""
-    return lambda: patch.object(target, name, wrapper(getattr(target, name)))
-
-
-def together(*patches: Patch) -> Patch:
-    @contextmanager
-    def all_of_them() -> Iterator[None]:
-        with ExitStack() as stack:
-            for one in patches:
-                stack.enter_context(one())
-            yield
-
-    return all_of_them
+from jaxgpt import optimizer
+from jaxgpt.data import sampler
+from jaxgpt.interop import torch_names
+from jaxgpt.model import gpt, loss, sampling
+from jaxgpt.model.gpt import GPT, Block, Linear
+from jaxgpt.objective import LanguageModelingObjective
+from parity_tests.engine.mutants import Patch, put, together, wrap
 
 
 def layer_norm(**changes: Any) -> Patch:
@@ -46,10 +28,10 @@ def layer_norm(**changes: Any) -> Patch:
         options = {"epsilon": 1e-5, "use_fast_variance": False, **changes}
         return nnx.LayerNorm(n_embd, dtype=dtype, param_dtype=dtype, rngs=rngs, **options)
 
-    return put(model, "layer_norm", mutated)
+    return put(gpt, "layer_norm", mutated)
 
 
-def spread_held(_: Any) -> Any:
+def variance_held(_: Any) -> Any:
     def mutated(x: Any, scale: Any, bias: Any) -> Any:
         factor = jax.lax.stop_gradient(jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5))
         return (x - x.mean(-1, keepdims=True)) * factor * scale + bias
@@ -69,7 +51,7 @@ def scores(change: Callable[..., Any]) -> Patch:
             "BHTS,BSHD->BTHD", change(score, seen, q.shape[3], q.shape[2] * q.shape[3]).astype(v.dtype), v
         )
 
-    return put(model, "causal_attention", mutated)
+    return put(gpt, "causal_attention", mutated)
 
 
 def masked_softmax(score: Any, seen: Any, scale: float) -> Any:
@@ -105,7 +87,7 @@ def block_call(change: Callable[..., Any]) -> Patch:
     """Block with a change: (block, x, its attention, its dropout by site 1 and 2) -> x."""
 
     def call(self: Block, x: Any, n_rows: int, keys: Any, cache: Any, start: Any, document: Any = None) -> Any:
-        drop = lambda branch, site: model.dropout(branch, self.dropout, keys, 2 * self.index + site)  # noqa: E731
+        drop = lambda branch, site: gpt.dropout(branch, self.dropout, keys, 2 * self.index + site)  # noqa: E731
         return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document)[0], drop), cache
 
     return put(Block, "__call__", call)
@@ -130,7 +112,7 @@ def logits(change: Callable[[Any], Any]) -> Patch:
     def wrapper(real: Any) -> Any:
         return lambda x, head, dtype: change(real(x, head, dtype))
 
-    return together(wrap(model, "head_logits", wrapper), wrap(loss, "head_logits", wrapper))
+    return together(wrap(gpt, "head_logits", wrapper), wrap(loss, "head_logits", wrapper))
 
 
 def every_target_counts(real: Any) -> Any:
@@ -151,9 +133,9 @@ def last_chunk_only(real: Any) -> Any:
 
 
 def sum_for_mean(real: Any) -> Any:
-    def mutated(self: Program, params: Any, idx: Any, target: Any, keys: Any, shards: Any) -> Any:
-        mean, grads = real(self, params, idx, target, keys, shards)
-        return mean * target.size, jax.tree.map(lambda g: g * target.size, grads)
+    def mutated(self: LanguageModelingObjective, *arguments: Any) -> Any:
+        loss_sum, count = real(self, *arguments)
+        return loss_sum, jnp.ones_like(count)
 
     return mutated
 
@@ -246,7 +228,7 @@ def hidden(change: Callable[..., Any]) -> Patch:
 
 
 def choose(change: Callable[..., Any]) -> Patch:
-    """`generate.choose` with a change: (vocabulary, temperature, top_k, top_p) -> the last three."""
+    """`sampling.choose` with a change: (vocabulary, temperature, top_k, top_p) -> the last three."""
 
     def wrapper(real: Any) -> Any:
         def mutated(logits_V: Any, key: Any, temperature: Any, top_k: Any, top_p: Any) -> Any:
@@ -254,7 +236,7 @@ def choose(change: Callable[..., Any]) -> Patch:
 
         return mutated
 
-    return wrap(generate, "choose", wrapper)
+    return wrap(sampling, "choose", wrapper)
 
 
 def heads_interleaved(real: Any) -> Any:
@@ -282,7 +264,7 @@ def tied_head_cut(self: GPT) -> Any:
 
 
 def square_as_it_is(real: Any) -> Any:
-    """Square kernels not transposed, whose shape tells nothing."""
+    """Square kernels not transposed, whose shape is the same either way."""
     return lambda name, p: p if p.ndim == 2 and p.shape[0] == p.shape[1] else real(name, p)
 
 
@@ -312,19 +294,20 @@ def gelu_in_bfloat16(real: Any) -> Any:
 
 def float32_gradients(real: Any) -> Any:
     def mutated(*args: Any) -> Any:
-        loss, grads = real(*args)
-        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        (loss, count), grads = real(*args)
+        # The count too: it is exact in float32, and as float64 it would make the quotients float64 again.
+        return (loss, count.astype(jnp.float32)), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     return mutated
 
 
 def nan_in_key_bias(real: Any) -> Any:
-    """Of the last block, in one element."""
+    """One element of the last block's key bias gradient is NaN."""
 
     def mutated(*args: Any) -> Any:
-        loss, grads = real(*args)
+        loss_and_count, grads = real(*args)
         name = max(name for name in grads if name.endswith("Wk.bias"))
-        return loss, {**grads, name: grads[name].at[0].set(jnp.nan)}
+        return loss_and_count, {**grads, name: grads[name].at[0].set(jnp.nan)}
 
     return mutated
 
@@ -334,10 +317,10 @@ def count_off_by_one(real: Any) -> Any:
 
 
 def moments_swapped() -> AbstractContextManager[Any]:
-    return patch.dict(convert._MOMENTS, {"mu": "exp_avg_sq", "nu": "exp_avg"})
+    return patch.dict(torch_names._MOMENTS, {"mu": "exp_avg_sq", "nu": "exp_avg"})
 
 
-def documents_not_told_apart(real: Any) -> Any:
+def documents_not_separated(real: Any) -> Any:
     return lambda *arguments: real(*arguments[:5])
 
 
@@ -375,7 +358,26 @@ def chunks_beside_each_other(real: Any) -> Any:
 def overlap_counted_again(real: Any) -> Any:
     def mutated(*arguments: Any) -> Any:
         for window, counts in real(*arguments):
-            yield batches.Scored(window, counts | counts.any(1, keepdims=True))
+            yield sampler.EvalBatch(window, counts | counts.any(1, keepdims=True))
+
+    return mutated
+
+
+def without_end_of_text(real: Any) -> Any:
+    def mutated(*arguments: Any) -> Any:
+        tokenizer = real(*arguments)
+        tokenizer.end_of_text = None
+        return tokenizer
+
+    return mutated
+
+
+def short_texts_kept(real: Any) -> Any:
+    """Documents of exactly --min-chars characters are kept, where they must be longer."""
+
+    def mutated(corpus: Any, tokenizer: Any, config: Any, *rest: Any) -> Any:
+        config = dataclasses.replace(config, min_chars=max(config.min_chars - 1, 0))
+        return real(corpus, tokenizer, config, *rest)
 
     return mutated
 
@@ -389,7 +391,7 @@ def pooled(change: Callable[..., Any]) -> Patch:
 
         return mutated
 
-    return wrap(model.Classifier, "__call__", wrapper)
+    return wrap(gpt.GPTClassifier, "__call__", wrapper)
 
 
 def without_final_norm(real: Any) -> Any:

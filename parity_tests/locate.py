@@ -1,12 +1,11 @@
-"""Where the two sides part: operation by operation, layer by layer, gradient by gradient, step by step, in float64.
+"""The tensors of this GPT in order of computation, for `engine.locate`: the first that departs is where to look.
 
-The walk stops at the first tensor whose error is above its gate, in the order in which a step computes them.
+Operation by operation, layer by layer, gradient by gradient, update by update, in float64.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -15,14 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxgpt.convert import optimizer_to_torch
-from jaxgpt.model import GPT
-from jaxgpt.train_step import ALONE
-from parity_tests import sides
-from parity_tests.harness import Row, worst_tensor
-from parity_tests.rungs import ops
-from parity_tests.rungs.optimizer import without_epsilon
-from parity_tests.sides import SIZES, Case, FlaxTraining, TorchTraining, precision_of, small
+from jaxgpt.interop.torch_names import optimizer_to_torch
+from jaxgpt.model.gpt import GPT
+from parity_tests.cases import (
+    SIZES,
+    Case,
+    FlaxTraining,
+    TorchTraining,
+    flax_params,
+    flax_results,
+    objective_of,
+    precision_of,
+    small,
+    torch_batch,
+    torch_masks,
+    torch_model,
+    torch_results,
+)
+from parity_tests.checks import ops
+from parity_tests.checks.optimizer import without_epsilon
+from parity_tests.engine.harness import Row, worst_tensor
+from parity_tests.engine.locate import Compared
 from parity_tests.tolerances import TOLERANCES
 from torch_ref.train_step import optimizer_tensors
 
@@ -30,38 +42,9 @@ STEPS = 30
 FLOOR = 1e-12  # below it a tensor is near zero on purpose: a key bias' gradient
 
 
-@dataclass(frozen=True)
-class Departure:
-    """The first tensor that departs, or None for none, and how many were compared."""
-
-    where: str | None
-    error: float
-    gate: float
-    compared: int
-
-
-def walk(say: Callable[[str], None]) -> Departure:
-    """Compares everything between a batch and its updates, in order, and stops at the first departure."""
-    compared = 0
-    for stage, tensors in (
-        ("op", _ops()),
-        ("layer", _layers()),
-        ("gradient", _gradients()),
-        ("step", _steps()),
-    ):
-        before, last = compared, "the beginning"
-        try:
-            for name, error, gate in tensors:
-                compared += 1
-                if not error <= gate:
-                    say(f"{stage}: {name} departs")
-                    return Departure(f"{stage} {name}", error, gate, compared)
-                last = name
-        except Exception as e:  # a fault may raise: where it does is the answer
-            reason = (str(e).splitlines() or [""])[0][:120]
-            return Departure(f"{stage}, after {last}: {type(e).__name__}: {reason}", float("inf"), 0.0, compared)
-        say(f"{stage}: {compared - before} tensors agree")
-    return Departure(None, 0.0, 0.0, compared)
+def stages() -> list[tuple[str, Compared]]:
+    """Everything between a batch and its updates, in order of computation; nothing is computed yet."""
+    return [("op", _ops()), ("layer", _layers()), ("gradient", _gradients()), ("step", _steps())]
 
 
 def walk_case() -> Case:
@@ -80,17 +63,14 @@ def walk_case() -> Case:
     )
 
 
-Compared = Iterator[tuple[str, float, float]]  # name, error, gate
-
-
-def _gate(rung: str) -> float:
-    return TOLERANCES[rung, "float64"].gate
+def _tolerance(check: str) -> float:
+    return TOLERANCES[check, "float64"].value
 
 
 def _ops() -> Compared:
     for op in ops.ops():
         for row in ops.compare_op(op, ("float64",)):
-            yield f"{op.name}: {row.rung.removeprefix('op ')}{_of(row)}", row.value, row.gate
+            yield f"{op.name}: {row.check.removeprefix('op ')}{_of(row)}", row.value, row.tolerance
 
 
 def _of(row: Row) -> str:
@@ -108,47 +88,47 @@ def _layers() -> Compared:
             yield f"{name}: never computed", float("inf"), 0.0
             continue
         same_shape = {name: ours[name].reshape(tensor.shape) if ours[name].size == tensor.size else ours[name]}
-        yield name, worst_tensor(same_shape, {name: tensor}, "float64")[0], _gate("gradients")
+        yield name, worst_tensor(same_shape, {name: tensor}, "float64")[0], _tolerance("gradients")
 
 
 def torch_activations(case: Case) -> dict[str, np.ndarray]:
     """By module name: its output; as "into <module>" the input of those that follow something without a module."""
-    model = sides.torch_model(case, "float64")
+    model = torch_model(case, "float64")
     found: dict[str, np.ndarray] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:
         found.setdefault(name, value.detach().numpy())
 
     for name, module in model.named_modules():
-        if name in _watched(case):
+        if name in _compared(case):
             if _has_input(name):
                 module.register_forward_pre_hook(lambda _m, args, name=name: keep(f"into {name}", args[0]))
             module.register_forward_hook(lambda _m, _args, out, name=name: keep(name, out))
-    found["logits"] = model(sides.torch_batch(case, 0)[0], sides.torch_masks(case, 0)).detach().numpy()
+    found["logits"] = model(torch_batch(case, 0)[0], torch_masks(case, 0)).detach().numpy()
     found["logits"] = found.pop("logits")  # computed last
     return found
 
 
-def _watched(case: Case) -> list[str]:
+def _compared(case: Case) -> list[str]:
     parts = ("", ".ln1", ".attn.Wq", ".attn.Wk", ".attn.Wv", ".attn.Wo", ".attn", ".ln2", ".ff.0", ".ff.2", ".ff")
     blocks = [f"blocks.{i}{part}" for i in range(case.config.model.n_layer) for part in parts]
     return ["token_emb", "pos_emb", *blocks, "ln_f"]
 
 
 def _has_input(name: str) -> bool:
-    """Whether what comes in is itself worth a look: the embedding sum, attention, GELU."""
+    """Whether the module's input is compared too: the embedding sum, the heads' outputs, GELU."""
     return name == "blocks.0" or name.endswith(("attn.Wo", "ff.2"))
 
 
 def flax_activations(case: Case) -> dict[str, np.ndarray]:
-    """Ours under the same names, computed eagerly with every module's call watched."""
-    program = sides.program_of(case, "float64")
-    params = {name: jnp.asarray(p) for name, p in sides.flax_params(case, program).items()}
-    bound = program.model(params)
-    names = {id(_module(bound, name)): name for name in _watched(case)}
+    """Ours under the same names, computed eagerly, every module's call recorded."""
+    objective = objective_of(case, "float64")
+    params = {name: jnp.asarray(p) for name, p in flax_params(case, objective).items()}
+    bound = objective.model(params)
+    names = {id(_module(bound, name)): name for name in _compared(case)}
     found: dict[str, np.ndarray] = {}
 
-    def watched(call: Callable) -> Callable:
+    def recording(call: Callable) -> Callable:
         def wrapper(self: Any, x: Any, *rest: Any) -> Any:
             name = names.get(id(self))
             if name and _has_input(name):
@@ -162,8 +142,8 @@ def flax_activations(case: Case) -> dict[str, np.ndarray]:
 
     with ExitStack() as stack:
         for kind in {type(_module(bound, name)) for name in names.values()}:
-            stack.enter_context(patch.object(kind, "__call__", watched(kind.__call__)))
-        keys = program.dropout_keys(jnp.int32(0), ALONE)
+            stack.enter_context(patch.object(kind, "__call__", recording(kind.__call__)))
+        keys = objective.dropout_keys(jnp.int32(0))
         found["logits"] = np.asarray(bound(jnp.asarray(case.batch(0)[0]), keys))
     return found
 
@@ -179,13 +159,17 @@ def _module(bound: GPT, name: str) -> Any:
 def _gradients() -> Compared:
     """The loss, then every parameter's gradient from the head back to the embeddings."""
     case = walk_case()
-    truth = sides.torch_results(case, "float64")
+    truth = torch_results(case, "float64")
     with precision_of("float64"):
-        ours = sides.flax_results(case, "float64")
-    yield "loss", abs(ours.loss / truth.loss - 1), _gate("loss")
+        ours = flax_results(case, "float64")
+    yield "loss", abs(ours.loss / truth.loss - 1), _tolerance("loss")
     for name in reversed(truth.grads):
         if not name.endswith("Wk.bias"):
-            yield name, worst_tensor(ours.grads, {name: truth.grads[name]}, "float64", FLOOR)[0], _gate("gradients")
+            yield (
+                name,
+                worst_tensor(ours.grads, {name: truth.grads[name]}, "float64", FLOOR)[0],
+                _tolerance("gradients"),
+            )
 
 
 def _steps() -> Compared:
@@ -196,7 +180,7 @@ def _steps() -> Compared:
         ours = FlaxTraining(case, "float64")
         for step in range(STEPS):
             ours_loss, torch_loss = ours.run(1)[0], theirs.run(1)[0]
-            yield f"{step}: loss", abs(ours_loss / torch_loss - 1), _gate("trajectory, every loss")
+            yield f"{step}: loss", abs(ours_loss / torch_loss - 1), _tolerance("trajectory, every loss")
             state = optimizer_to_torch(jax.device_get(ours.state.opt_state))
             true_state = optimizer_tensors(theirs.model, theirs.optimizer, case.config, step + 1)
             params = ours.params()
@@ -204,5 +188,5 @@ def _steps() -> Compared:
                 if name == "step" or name.endswith("Wk.bias"):
                     continue
                 side = state if name in state else params
-                gate = _gate("trajectory, every parameter")
-                yield f"{step}: {name}", worst_tensor(side, {name: tensor.detach().numpy()}, "float64", 1e-14)[0], gate
+                error, _ = worst_tensor(side, {name: tensor.detach().numpy()}, "float64", 1e-14)
+                yield f"{step}: {name}", error, _tolerance("trajectory, every parameter")

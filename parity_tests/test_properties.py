@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import ModelConfig, TrainConfig
-from parity_tests.rungs import ops, optimizer
-from parity_tests.sides import Case
+from parity_tests.cases import Case
+from parity_tests.checks import ops, optimizer
 
 few = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -46,6 +47,7 @@ def check_op(model: ModelConfig, n_rows: int, name: str) -> None:
         assert row.status == "passed", row
 
 
+@pytest.mark.slow
 @few
 @given(models(), st.integers(1, 5))
 def test_block(model, n_rows):
@@ -55,6 +57,7 @@ def test_block(model, n_rows):
         assert row.status == "passed", row
 
 
+@pytest.mark.slow
 @few
 @given(
     st.sampled_from(["adamw", "sgd"]),

@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import torch
 
-from jaxgpt.convert import to_torch
-from jaxgpt.loss import perplexity
-from jaxgpt.trained import open_trained, split_of, whole_split_loss
-from parity_tests.harness import Row, error_row, max_abs, own_errors, ratio_row
+from jaxgpt.interop.torch_names import to_torch
+from jaxgpt.model.loss import perplexity
+from jaxgpt.runs.restore import restore_language_model, split_of
+from jaxgpt.tasks.language_modeling import whole_split_loss
+from parity_tests.engine.harness import Row, max_abs, own_errors
+from parity_tests.tolerances import error_row, ratio_row, row
 from torch_ref.model import GPT
 from torch_ref.train import whole_split_loss as torch_whole_split
 
 
 def compare_run(path: Path, which: str, data_dir: Path | None) -> Iterator[Row]:
     """The rows. Raises `UserError` if the run, its checkpoint or its text cannot be had."""
-    run, executor, state = open_trained(path, which)
+    run, executor, state = restore_language_model(path, which)
     tokens = split_of(run, "val", data_dir)
     config = run.config.model
     weights = {name: torch.tensor(np.array(p)) for name, p in to_torch(jax.device_get(state.params)).items()}
@@ -31,7 +33,7 @@ def compare_run(path: Path, which: str, data_dir: Path | None) -> Iterator[Row]:
 
     n_rows = min(run.config.batch_size, len(tokens) // config.block_size)
     idx_BT = tokens[: n_rows * config.block_size].reshape(n_rows, config.block_size).astype(np.int64)
-    logits = jax.jit(lambda params, idx: executor.program.exact_model(params)(idx))(state.params, idx_BT)
+    logits = jax.jit(lambda params, idx: executor.objective.exact_model(params)(idx))(state.params, idx_BT)
     with torch.no_grad():
         theirs, truth = (models[d](torch.from_numpy(idx_BT)).numpy() for d in ("float32", "float64"))
     case = f"{path.name} after {int(state.step)} steps"
@@ -48,7 +50,7 @@ def compare_run(path: Path, which: str, data_dir: Path | None) -> Iterator[Row]:
     assert count == true_count
     torch_error = abs(torch_loss / true_loss - 1) if precision == "float32" else None
     note = f"{loss:.6f}, PyTorch {torch_loss if precision == 'float32' else true_loss:.6f}, {count:,} tokens"
-    yield Row("loss", precision, case, abs(loss / true_loss - 1), torch_error, note=note)
+    yield row("loss", precision, case, abs(loss / true_loss - 1), torch_error, note=note)
     ppl = perplexity(loss)
     note = f"{ppl:.5f}, PyTorch {math.exp(true_loss):.5f}"
-    yield Row("perplexity", precision, case, abs(ppl / math.exp(true_loss) - 1), note=note)
+    yield row("perplexity", precision, case, abs(ppl / math.exp(true_loss) - 1), note=note)

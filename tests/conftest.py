@@ -1,10 +1,16 @@
 """What the tests share: a text, a small configuration, and a way to run the commands as a user does."""
 
+import csv
+import io
 import os
 import random
 import subprocess
 import sys
+import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import TextIO
 
 import jax
 import pytest
@@ -19,6 +25,15 @@ SMALL = (
     "--model.n-layer=1 --model.n-head=2 --model.n-embd=16 --model.block-size=16 --batch-size=8 --lr=0.01 "
     "--eval-every=20 --eval-batches=2 --checkpoint-every=10 --sample-tokens=20"
 ).split()
+
+
+def pytest_collection_modifyitems(config, items):
+    """With JAXGPT_TEST_SHARE=K/N selects the K-th of N shares of the tests, by name: how CI divides the slow ones."""
+    if share := os.environ.get("JAXGPT_TEST_SHARE"):
+        k, n = map(int, share.split("/"))
+        chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % n == k]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +57,38 @@ def user_env(tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "HF_", "XDG", "TF_"))}
     return {**env, "HOME": str(home)}
+
+
+@pytest.fixture(scope="session")
+def cli(user_env):
+    """Runs `jaxgpt COMMAND ...` in this process, as a user with an empty home; returns what `command` returns.
+
+    What a command sets for its whole process is put back. Whatever needs a process of its own (signals, kill, limits,
+    another number of devices, a closed standard output) takes `command` or `start`.
+    """
+    from jaxgpt.cli import main
+
+    def run(
+        *args: object, cwd: Path | None = None, stdin: str | TextIO = "", **env: str
+    ) -> subprocess.CompletedProcess:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            for name in [name for name in os.environ if name not in user_env]:
+                patch.delenv(name)
+            for name, value in {**user_env, **env}.items():
+                patch.setenv(name, value)
+            if cwd is not None:
+                patch.chdir(cwd)
+            patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+            x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+            try:
+                code = main.run([str(arg) for arg in args])
+            finally:
+                jax.config.update("jax_enable_x64", x64)
+                jax.config.update("jax_default_matmul_precision", precision)
+        return CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +119,27 @@ def start(user_env):
 
 @pytest.fixture(scope="session")
 def trained(command, text_file, tmp_path_factory) -> Path:
-    """The folder of a small finished run."""
+    """The folder of a small finished run, trained by a real process."""
     out = tmp_path_factory.mktemp("runs") / "trained"
     done = command("train.py", "--dataset", f"file:{text_file}", "--steps=60", "--out-dir", out, *SMALL)
     assert done.returncode == 0, done.stderr
     return out
+
+
+CLASSES = {"north": "la la ti", "south": "mo ru mo", "east": "ha ha la"}  # words that tell the class of a text
+
+
+def write_labeled(path, n=120, label=lambda at, name: name, seed=0):
+    """Writes a CSV file of n texts in the words of `text`; `label` gives a row's label from its number and class."""
+    draw = random.Random(seed)
+    with path.open("w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(["id", "text", "label"])
+        for at in range(n):
+            name = draw.choice(list(CLASSES))
+            words = CLASSES[name].split() * draw.randint(1, 3)
+            rows.writerow([at, " ".join(words), label(at, name)])
+    return path
 
 
 def read_state(run: Path, step: int) -> dict:

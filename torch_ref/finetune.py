@@ -1,10 +1,10 @@
-"""The documented fine-tuning in PyTorch: a linear head over classes on the final-norm hidden states.
+"""The tutorials' fine-tuning on AG News: python -m torch_ref.finetune --weights w.safetensors --dataset ag_news
 
-python -m torch_ref.finetune --weights w.safetensors --dataset ag_news
+A linear head over classes reads the final-norm hidden states of a language model over GPT-2's tokens, and the whole
+model trains. The weights are those that `jaxgpt convert export` or `torch_ref.train` writes. The parity suite gives
+`train` the batches and dropout masks of the JAX side; the command draws its own.
 
-Beside `scripts/finetune.py`; the weights are what `scripts/convert.py export` or torch_ref.train writes.
-Batches are drawn by torch here; `train` takes any others.
-Axes: B batch, T time, C n_embd, K classes.
+Axes: B batch, T time, C n_embd, K classes, N texts.
 """
 
 import dataclasses
@@ -19,14 +19,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jaxgpt import tensor_files
-from jaxgpt.checks import flag
-from jaxgpt.cli import parse_flags, run_command
-from jaxgpt.config import FinetuneConfig, ModelConfig
-from jaxgpt.errors import UserError
-from jaxgpt.labelled import choose, load_labelled
+from jaxgpt.config import FinetuneConfig, ModelConfig, UserError
 from jaxgpt.presets import PRESETS
-from jaxgpt.tokenizer import Gpt2Tokenizer, gpt2_folder
+from torch_ref import command
+from torch_ref.datasets import few_shot, load_examples, make_tokenizer
 from torch_ref.model import GPT
 from torch_ref.train_step import apply, learning_rate, make_optimizer
 
@@ -34,7 +30,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # token ids int64 [B, T] with padding, le
 
 
 class Classifier(GPT):
-    """The GPT's body with a head over classes. `pool` as in `FinetuneConfig`."""
+    """The GPT with a head over classes in place of the one over tokens. `pool` is that of `FinetuneConfig`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, pool: str):
         super().__init__(dataclasses.replace(config, tied_head=True), vocab_size)
@@ -55,7 +51,7 @@ class Classifier(GPT):
 
 
 def pad(texts: Sequence[Sequence[int]], max_tokens: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids [N, T], cut and padded on the right, and how many of each are real [N]."""
+    """Token ids [N, T], truncated and padded on the right, and the number of real tokens of each text [N]."""
     cut = [list(ids[:max_tokens]) for ids in texts]
     idx = [ids + [padding] * (max_tokens - len(ids)) for ids in cut]
     return torch.tensor(idx), torch.tensor([len(ids) for ids in cut])
@@ -68,7 +64,7 @@ def train(
     batches: Iterable[Batch],
     keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
 ) -> Iterator[float]:
-    """The loop: yields each step's loss before its update."""
+    """The training loop. Yields each step's loss, which is the loss before its update."""
     for step, (idx_BT, length_B, label_B) in enumerate(batches):
         model.train()
         loss = F.cross_entropy(model(idx_BT, length_B, keep_of(step)), label_B)
@@ -76,7 +72,7 @@ def train(
 
 
 def epochs(data: Batch, config: FinetuneConfig, generator: torch.Generator) -> Iterator[Batch]:
-    """All texts in a new order each epoch; the last batch of an epoch is smaller."""
+    """Batches of all texts, shuffled anew in each epoch; the last batch of an epoch may be smaller."""
     for _ in range(config.epochs):
         for rows in torch.randperm(len(data[0]), generator=generator).split(config.batch_size):
             yield tuple(x[rows] for x in data)
@@ -95,10 +91,10 @@ def test(model: Classifier, data: Batch, batch_size: int) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class ReferenceFlags(FinetuneConfig):
-    """The flags of scripts/finetune.py that this loop has a use for, the model's, and files."""
+    """The configuration, the model's shape, and the weights to start from."""
 
     weights: Path = tyro.MISSING
-    """Start from these weights of a language model over GPT-2's tokens (safetensors, the write-ups' names)."""
+    """Start from these weights of a language model over GPT-2's tokens (safetensors)."""
     data_dir: Path | None = None
     """Folder to look for datasets in first."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["wikitext2"].model)
@@ -106,28 +102,30 @@ class ReferenceFlags(FinetuneConfig):
 
 
 def main() -> None:
-    flags = parse_flags(ReferenceFlags, sys.argv[1:], __doc__)
+    flags = command.parse(ReferenceFlags, "torch_ref.finetune", __doc__)
     for name in ("dtype", "parallel", "checkpoint_every", "keep_checkpoints", "patience", "min_delta"):
         if getattr(flags, name) != getattr(FinetuneConfig, name):
-            raise UserError(f"{flag(name)}: the reference has no use for it; leave it out")
-    found = load_labelled(flags, flags.data_dir, print)
-    tokenizer = Gpt2Tokenizer(gpt2_folder(flags.data_dir, print))
+            raise UserError(f"--{name.replace('_', '-')}: the reference has no use for it; leave it out")
+    classes, train_examples, test_examples = load_examples(flags, flags.data_dir)
+    train_examples = few_shot(train_examples, flags.train_samples, flags.seed)
+    tokenizer = make_tokenizer("gpt2", "", flags.data_dir)
+
     torch.manual_seed(flags.seed)
-    model = Classifier(flags.model, tokenizer.vocab_size, len(found.labels), flags.pool)
-    weights = tensor_files.read(flags.weights, "--weights")
-    body = {name: torch.from_numpy(p) for name, p in weights.items() if name != "lm_head.weight"}
+    model = Classifier(flags.model, tokenizer.vocab_size, len(classes), flags.pool)
+    weights = command.read_tensors("--weights", flags.weights)
+    weights.pop("lm_head.weight", None)
     wanted = {name: p for name, p in model.state_dict().items() if not name.startswith("classifier.")}
-    if {n: p.shape for n, p in body.items()} != {n: p.shape for n, p in wanted.items()}:
+    if {name: p.shape for name, p in weights.items()} != {name: p.shape for name, p in wanted.items()}:
         raise UserError(f"--weights {flags.weights}: not of this model over GPT-2's tokens; give other --model flags")
-    model.load_state_dict(body, strict=False)
+    model.load_state_dict(weights, strict=False)
 
     def encoded(examples: Sequence[tuple[str, int]]) -> Batch:
-        ids = [tokenizer.encode(text).tolist() for text, _ in examples]
-        return *pad(ids, flags.max_tokens, tokenizer.end_of_text), torch.tensor([label for _, label in examples])
+        texts = [tokenizer.encode(text) for text, _ in examples]
+        labels = torch.tensor([label for _, label in examples])
+        return *pad(texts, flags.max_tokens, tokenizer.end_of_text), labels
 
-    chosen = choose(found.train, flags.train_samples, flags.seed)
-    train_data, test_data = encoded(chosen), encoded(found.test)
-    per_epoch = math.ceil(len(chosen) / flags.batch_size)
+    train_data, test_data = encoded(train_examples), encoded(test_examples)
+    per_epoch = math.ceil(len(train_examples) / flags.batch_size)
     config = dataclasses.replace(flags, steps=flags.epochs * per_epoch)
     optimizer = make_optimizer(model, config)
     batches = epochs(train_data, config, torch.Generator().manual_seed(flags.seed))
@@ -141,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(command.exit_code(main))

@@ -1,4 +1,7 @@
-"""Sampling text as the write-ups do: the whole context is read anew for every token, cropped to the last block."""
+"""The tutorials' sampling: for each token a forward pass over the whole context, cropped to the last block.
+
+Axes: V vocabulary, T time.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +13,7 @@ from torch_ref.model import GPT
 
 
 def log_probabilities(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
-    """log of what a token is drawn from: temperature, then the top_k tokens, then those that make up top_p."""
+    """The log-probabilities [V] that a token is drawn from: after temperature, then top-k, then top-p (nucleus)."""
     log_V = torch.log_softmax(logits_V / sampling.temperature, -1)
     if sampling.top_k:
         least = log_V.topk(min(sampling.top_k, len(log_V))).values[-1]
@@ -31,12 +34,12 @@ def generate(
     noise: Sequence[Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Yields the new tokens; temperature 0 takes the most likely.
+    """Yields the new tokens. Temperature 0 is greedy decoding.
 
     Args:
         prompt: at least one token id.
-        noise: Gumbel noise passed in, [V] for each new token: the token is argmax(log p + noise).
-        generator: draws the tokens where no noise is given.
+        noise: Gumbel noise, [V] for each new token: the token is argmax(log p + noise). None: torch draws the token.
+        generator: what torch draws from.
     """
     model.eval()
     context = list(prompt)

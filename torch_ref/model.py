@@ -1,10 +1,10 @@
-"""The write-ups' GPT, with their parameter names, attention written out.
+"""The tutorials' GPT, with their parameter names and attention written out.
 
 Axes: B batch, T time (queries), S time (keys), C n_embd, H heads, D head size, V vocabulary.
 
 Dtypes: parameters and the residual stream share one dtype. With a compute dtype (bfloat16) the operands of the matrix
-products are rounded to it, each in a line with a comment "cast", as in `jaxgpt/model.py`. This is not autocast, which
-chooses by itself what to cast.
+products are rounded to it; each such line has a comment "cast", as in `jaxgpt/model/gpt.py`. These casts are explicit,
+where the tutorials' autocast chooses them.
 """
 
 import math
@@ -19,7 +19,7 @@ from jaxgpt.config import ModelConfig
 
 
 class Linear(nn.Linear):
-    """A Linear that multiplies in the compute dtype and returns its input's dtype."""
+    """`nn.Linear` that multiplies in the compute dtype and returns its input's dtype."""
 
     def __init__(self, n_in: int, n_out: int, compute_dtype: torch.dtype | None):
         super().__init__(n_in, n_out)
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate), in training or where told which."""
+    """Dropout with probability `rate`: drawn by torch, or with a given mask of the elements to keep."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -63,7 +63,11 @@ class Attention(nn.Module):
         return self.Wo(out_BHTD.transpose(1, 2).reshape(x_BTC.shape))
 
     def weights(self, x_BTC: Tensor, same_BTS: Tensor | None = None) -> Tensor:
-        """How much each query attends to each key, [B, H, T, S]."""
+        """The attention weights of each query over the keys, [B, H, T, S].
+
+        Args:
+            same_BTS: whether query and key stand in the same document; None: one document.
+        """
         T = x_BTC.shape[1]
         q_BHTD, k_BHSD = self._heads(self.Wq, x_BTC), self._heads(self.Wk, x_BTC)
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
@@ -76,7 +80,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x += attn(ln1(x)); x += ff(ln2(x)). `ff` is C -> 4C -> C with GELU."""
+    """A pre-norm block: x += attn(ln1(x)); x += ff(ln2(x)). The MLP `ff` is C -> 4C -> C with GELU."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None):
         super().__init__()
@@ -100,10 +104,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, blocks, a final norm, a head without bias (tied: the token embedding's matrix).
+    """A decoder-only transformer: token and position embeddings, blocks, a final norm, a head without bias.
+
+    With `tied_head` the head's matrix is the token embedding's.
 
     Args:
-        compute_dtype: of the matrix products; None for the parameters' own.
+        compute_dtype: dtype of the matrix products; None: the parameters' dtype.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype | None = None):
@@ -118,8 +124,10 @@ class GPT(nn.Module):
         self.init_weights(config)
 
     def init_weights(self, config: ModelConfig) -> None:
-        """Documented: N(0, 0.02), biases as PyTorch leaves them. GPT-2: biases 0, and what writes to the residual
-        stream scaled by 1/sqrt(2 n_layer)."""
+        """Draws the weights from N(0, 0.02); biases keep PyTorch's default.
+
+        With `init="gpt2"` biases are 0, and projections into the residual stream are scaled by 1/sqrt(2 n_layer).
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -133,17 +141,17 @@ class GPT(nn.Module):
         x_BTC = self.hidden(idx_BT, keep, end_of_text)
         weight_VC = self.token_emb.weight if self.lm_head is None else self.lm_head.weight
         dtype = self.compute_dtype or x_BTC.dtype
-        # cast: operands to the compute dtype and back, so that the logits keep all digits of their sums
+        # cast: rounds the operands to the compute dtype; the product is in the parameters' dtype
         return F.linear(x_BTC.to(dtype).to(x_BTC.dtype), weight_VC.to(dtype).to(x_BTC.dtype))
 
     def hidden(self, idx_BT: Tensor, keep: Sequence[Tensor] | None = None, end_of_text: int | None = None) -> Tensor:
         """Final-norm hidden states [B, T, C].
 
         Args:
-            keep: dropout masks passed in, bool [B, T, C] each: after the embedding sum, then for each block after
-                attention and after ff. None: drawn by torch in training, none in evaluation.
-            end_of_text: the token that ends a packed document; then a token sees those of its own only, and positions
-                count from the document's start. None: all that stands before in the window.
+            keep: dropout masks, bool [B, T, C] each, True for elements to keep: after the embedding sum, then for each
+                block after attention and after the MLP. None: torch draws them in training.
+            end_of_text: the token that ends a packed document. Attention then stops at the document's start, and
+                positions count from there. None: the window is one document.
         """
         keep = keep or [None] * (2 * len(self.blocks) + 1)
         position_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
@@ -173,7 +181,7 @@ def attention_maps(model: GPT, idx_BT: Tensor) -> Tensor:
 
 @contextmanager
 def exact(model: GPT) -> Iterator[None]:
-    """The model in evaluation mode with products in the parameters' dtype, as evaluation is documented."""
+    """Evaluation mode, with all products in the parameters' dtype, as the tutorials evaluate."""
     was_training, with_dtype = model.training, [m for m in model.modules() if hasattr(m, "compute_dtype")]
     dtypes = [m.compute_dtype for m in with_dtype]
     model.eval()
@@ -196,7 +204,8 @@ def mean_loss(
 ) -> Tensor:
     """Next-token cross-entropy, the mean over all positions of the flattened logits.
 
-    With packed documents what follows the end of a text is left out: it is not to be told from it.
+    With packed documents, the targets that follow an end-of-text token are left out: the first token of a document
+    cannot be predicted across a document boundary.
     """
     logits_BTV = model(idx_BT, keep, end_of_text)
     if end_of_text is not None:

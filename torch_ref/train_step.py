@@ -1,4 +1,4 @@
-"""The documented optimiser and schedule, and one update on one batch."""
+"""The tutorials' optimiser, learning-rate schedule, and one training step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from torch_ref.model import GPT, mean_loss
 
 
 def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD over two groups, with and without decay. The learning rate is set before each update."""
+    """AdamW, Adam or SGD with two parameter groups, with and without decay. Each update sets the learning rate."""
 
     def decays(name: str, p: Tensor) -> bool:
         return config.decay_mask == "all" or (p.ndim >= 2 and "ln" not in name.split(".")[-2])
@@ -30,7 +30,7 @@ def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of update `step`, counted from 0.
+    """The learning rate of a step, counted from 0.
 
     constant: lr. warmup-cosine: lr * step / warmup_steps, so 0 at step 0; then half a cosine from lr down to min_lr at
     step decay_steps (0: the last), and min_lr after. cosine: the same without warm-up.
@@ -57,11 +57,13 @@ def update(
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
     end_of_text: int | None = None,
 ) -> float:
-    """One update at the given rate; returns the loss before it.
+    """One training step of a language model; returns the loss before the update.
 
     Args:
+        lr: the learning rate.
+        idx_BT, target_BT: the batch, int64.
         keep, end_of_text: dropout masks and packed documents, as in `GPT.hidden`.
-        clip: what limits the global norm; PyTorch's own, which divides by norm + 1e-6.
+        clip: clips the gradients' global norm; by default PyTorch's function, which divides by norm + 1e-6.
     """
     return apply(mean_loss(model, idx_BT, target_BT, keep, end_of_text), model, optimizer, config, lr, clip)
 
@@ -74,7 +76,7 @@ def apply(
     lr: float,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
 ) -> float:
-    """Follows a loss back and updates; returns its value."""
+    """Backward pass, clipping and optimiser step for a loss; returns the loss."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -86,11 +88,14 @@ def apply(
 
 
 def gradient_report(model: GPT) -> dict[str, tuple[float, float]]:
-    """Of every tensor, after a way back, mean |g| and the standard deviation of g: healthy is neither 0 nor huge."""
+    """The mean |g| and the standard deviation of each parameter's gradient g, after a backward pass.
+
+    Healthy gradients are neither zero nor exploding.
+    """
     return {name: (p.grad.abs().mean().item(), p.grad.std().item()) for name, p in model.named_parameters()}
 
 
-# torch names the state so; files name it <state>.<parameter>, and "step" once for all.
+# The names of torch's optimiser state. In files a tensor is called <state>.<parameter>; "step" is there once.
 STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "adam": ("exp_avg", "exp_avg_sq"),
@@ -101,7 +106,7 @@ STATES = {
 def optimizer_tensors(
     model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int
 ) -> dict[str, Tensor]:
-    """The optimiser's state by name: `exp_avg.blocks.0.ln1.weight`, ..., and `step`, the number of updates done."""
+    """The optimiser's state by name, such as `exp_avg.blocks.0.ln1.weight`, and `step`, the number of updates done."""
     tensors = {"step": torch.tensor(step)}
     for state in _states(config):
         for name, p in model.named_parameters():

@@ -1,0 +1,5 @@
+"""`python -m jaxgpt`: the same as the command `jaxgpt`."""
+
+from jaxgpt.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Looking inside: diagnostics, computation graphs, plots, summaries, comparisons."""

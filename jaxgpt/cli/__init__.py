@@ -1,0 +1,1 @@
+"""The commands of `jaxgpt`: a module for each, and what they share."""

@@ -1,0 +1,47 @@
+"""Fine-tune a trained run to classify texts: jaxgpt finetune RUN --dataset ag_news"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxgpt.cli.args import parse_flags
+from jaxgpt.config import FinetuneConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class FinetuneFlags(FinetuneConfig):
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
+    """Folder of a language model's run: the classifier starts from its weights, and takes its model and tokenizer."""
+    checkpoint: Literal["result", "last", "best"] = "result"
+    """RUN's checkpoint. result: best if RUN stopped early, else last. best: the one with the lowest validation loss."""
+    out_dir: Path | None = None
+    """Folder of the new run (default: runs/<dataset>-finetune-<pool>-<time>). The same run there is resumed."""
+    data_dir: Path | None = None
+    """Folder to look for datasets in first."""
+    overwrite: bool = False
+    """Start again if --out-dir holds a run."""
+    # Not flags: these follow from RUN and the epochs.
+    model: tyro.conf.Suppress[ModelConfig] = dataclasses.field(default_factory=lambda: ModelConfig(block_size=10**6))
+    steps: tyro.conf.Suppress[int] = 0
+
+
+def main(args: list[str], started: float | None = None) -> int:
+    """Runs the command; `started` is `time.perf_counter()` at its start."""
+    started = time.perf_counter() if started is None else started
+    flags = parse_flags(FinetuneFlags, args, __doc__, "jaxgpt finetune")
+    config = FinetuneConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(FinetuneConfig)})
+    from jaxgpt.data.corpora import path_of
+    from jaxgpt.data.labeled import load_labeled
+    from jaxgpt.progress import ProgressDisplay
+
+    display = ProgressDisplay()
+    data = load_labeled(config, flags.data_dir, display.line)
+    from jaxgpt.tasks.classification import finetune
+
+    test = config.test_dataset and f"file:{path_of(config.test_dataset).resolve()}"
+    config = dataclasses.replace(config, dataset=data.name, test_dataset=test)
+    return finetune(flags.run, flags.checkpoint, config, data, flags.out_dir, flags.overwrite, display, started)

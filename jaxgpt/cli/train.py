@@ -1,0 +1,25 @@
+"""Train a GPT: jaxgpt train --dataset tinyshakespeare"""
+
+import dataclasses
+import time
+
+from jaxgpt.cli.args import config_of, parse_train_flags
+
+
+def main(args: list[str], started: float | None = None) -> int:
+    """Runs the command; `started` is `time.perf_counter()` at its start."""
+    started = time.perf_counter() if started is None else started
+    flags = parse_train_flags(args, __doc__, "jaxgpt train")
+    # Imported here, and jax last: bad flags and missing data are reported without waiting for these imports.
+    from jaxgpt.data.corpora import load_corpus
+    from jaxgpt.progress import ProgressDisplay
+    from jaxgpt.runs.run_dir import recorded_choice
+
+    display = ProgressDisplay()
+    spec = recorded_choice(flags.out_dir, flags.dataset)
+    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column)
+    from jaxgpt.tasks.language_modeling import train
+
+    config = dataclasses.replace(config_of(flags), dataset=corpus.name)
+    rest = (display, started, flags.data_dir, flags.loader, flags.summary)
+    return train(config, corpus, flags.out_dir, flags.overwrite, *rest)

@@ -1,0 +1,267 @@
+"""Corpora: finds, downloads and verifies the texts of a named dataset.
+
+Names: `tinyshakespeare`; `pydoc`, the language reference that ships with Python; `wikitext-2` and `wikitext-103`;
+`hf:NAME[:CONFIG]`, a Parquet dataset of the Hugging Face hub; `bin:DIR`, nanoGPT's train.bin and val.bin; `file:PATH`,
+a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts. Of several names separated by commas, the
+first that is available is taken.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from jaxgpt.data.files import (
+    NotAvailable,
+    RemoteFile,
+    data_folders,
+    find_or_download,
+    require_folder,
+    sha256_of,
+)
+from jaxgpt.data.readers import (
+    TABLE_ROWS,
+    TABLE_SUFFIXES,
+    Texts,
+    hub_splits,
+    join_columns,
+    read_lines,
+    read_rows,
+    require_columns,
+    text_pieces,
+)
+from jaxgpt.errors import UserError
+
+REMOTE_TEXTS = {
+    "tinyshakespeare": RemoteFile(
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        file="tinyshakespeare/input.txt",
+    )
+}
+# Datasets whose files hold one text per line. Without files in a data folder they come from the hub, under these names.
+LINE_DATASETS = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
+}
+LINE_FILES = {  # the accepted names of each split's file: a plain one, and those of WikiText's releases
+    "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
+    "validation": ("valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
+    "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
+}
+NAMES = (*REMOTE_TEXTS, "pydoc", *LINE_DATASETS, "hf:NAME[:CONFIG]", "bin:DIR", "file:PATH")
+DEFAULT_COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of a dataset, by split, and where they come from.
+
+    Args:
+        name: the dataset's name, as a configuration records it: one name, with absolute paths.
+        sha256: identifies the data, in hexadecimal. For a single text it is the digest of its UTF-8 bytes.
+        source: the file or the hub dataset that was read.
+        splits: the texts of "train" and "validation", or of "all" where the dataset has no splits.
+        documents: each text is a document, which ends with the end-of-text token if the tokenizer has one.
+        token_files: for `bin:DIR`, the file of each split's uint16 tokens, instead of `splits`.
+    """
+
+    name: str
+    sha256: str
+    source: str
+    splits: Mapping[str, Texts] = field(compare=False, repr=False)
+    documents: bool = False
+    token_files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """All texts in one string, those of "train" first. For corpora that fit in memory."""
+        return "".join(text for texts in self.splits.values() for text in texts())
+
+
+def corpus_from_text(name: str, text: str, source: str) -> Corpus:
+    """A corpus of one text in memory."""
+    return Corpus(name, hashlib.sha256(text.encode()).hexdigest(), source, {"all": lambda: iter([text])})
+
+
+def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None], text_column: str | None = None) -> Corpus:
+    """The first available dataset of a comma-separated list.
+
+    Args:
+        spec: the name of a dataset, or several separated by commas.
+        data_dir: a folder to search before all others; None without `--data-dir`.
+        say: receives a line about what was chosen, downloaded or replaced.
+        text_column: for tables, the column of texts; None for "text".
+
+    Raises:
+        UserError: a name is unknown, or the data is not valid.
+        NotAvailable: no dataset of the list is available. The message gives the reason for each.
+    """
+    require_folder(data_dir)
+    # A path may contain a comma, so an existing path takes precedence over a list.
+    is_path = spec.startswith(("file:", "bin:")) and os.path.exists(path_of(spec))
+    names = [spec] if is_path else [name.strip() for name in spec.split(",")]
+    for name in names:
+        if name not in (*REMOTE_TEXTS, *LINE_DATASETS, "pydoc") and not name.startswith(("file:", "hf:", "bin:")):
+            raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
+        if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLE_SUFFIXES):
+            raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
+    reasons = []
+    for name in names:
+        try:
+            corpus = _load_one(name, data_dir, say, text_column or DEFAULT_COLUMN)
+        except NotAvailable as e:
+            reasons.append(str(e))
+            continue
+        if len(names) > 1:
+            say(f"dataset: {corpus.name}, the first of {spec} that can be had ({corpus.source})")
+        return corpus
+    raise NotAvailable("; ".join(reasons))
+
+
+def path_of(name: str) -> Path:
+    """The path in a dataset's name `file:PATH` or `bin:DIR`."""
+    path = Path(name.partition(":")[2])
+    try:
+        return path.expanduser()
+    except RuntimeError:  # "~user" of an unknown user
+        return path
+
+
+def absolute_name(name: str) -> str:
+    """A dataset's name with absolute paths, so that a run finds its data from any working directory."""
+    if name.startswith("hf:"):
+        folder = Path(name.removeprefix("hf:"))
+        return f"hf:{folder.resolve()}" if os.path.isdir(folder) else name
+    return f"{name.partition(':')[0]}:{path_of(name).resolve()}" if name.startswith(("file:", "bin:")) else name
+
+
+def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None], column: str) -> Corpus:
+    option = f"--dataset {name}"
+    if name == "pydoc":
+        return _pydoc()
+    if name in LINE_DATASETS:
+        return _line_dataset(name, option, data_dir, say)
+    if name.startswith("hf:"):
+        return _hub_dataset(absolute_name(name), name.removeprefix("hf:"), option, column)
+    if name.startswith("bin:"):
+        return _token_files(path_of(name), option)
+    if name.startswith("file:"):
+        path = path_of(name)
+        corpus = _table(path, option, column) if path.suffix.lower() in TABLE_SUFFIXES else _text_file(path, option)
+        return replace(corpus, name=absolute_name(name))
+    remote, folders = REMOTE_TEXTS[name], data_folders(data_dir)
+    path = find_or_download(remote, option, folders, say, "--dataset pydoc", own_file_flag="--dataset file:")
+    return replace(_text_file(path, option), name=name, source=os.path.abspath(path))
+
+
+def _text_file(path: Path, option: str) -> Corpus:
+    digest, n_chars = hashlib.sha256(), 0
+    for piece in text_pieces(path, option):
+        digest.update(piece.encode())
+        n_chars += len(piece)
+    if not n_chars:
+        raise UserError(f"{option}: the file is empty; give one with text")
+    return Corpus("", digest.hexdigest(), str(path), {"all": lambda: text_pieces(path, option)})
+
+
+def _table(path: Path, option: str, column: str) -> Corpus:
+    def texts() -> Iterator[str]:
+        return join_columns(read_rows(path, [column], column_option), column_option)
+
+    column_option = f"{option} --text-column {column}"
+    return Corpus("", _digest({"all": texts}, column), str(path), {"all": texts}, documents=True)
+
+
+def _pydoc() -> Corpus:
+    try:
+        from pydoc_data import topics
+    except ImportError:
+        raise NotAvailable("--dataset pydoc: this Python comes without pydoc_data; use file:PATH") from None
+    text = "\n".join(topics.topics[topic] for topic in sorted(topics.topics))
+    return corpus_from_text("pydoc", text, "pydoc_data.topics of this Python")
+
+
+def _line_dataset(name: str, option: str, data_dir: Path | None, say: Callable[[str], None]) -> Corpus:
+    """A dataset of `LINE_DATASETS`: from the first data folder with two of its splits, else from the hub."""
+    folders = data_folders(data_dir)
+    for folder in folders:
+        paths = {}
+        for split, files in LINE_FILES.items():
+            present = [folder / name / file for file in files if os.path.isfile(folder / name / file)]
+            if present:
+                paths[split] = present[0]
+        if "train" not in paths and len(paths) == 2:
+            say(
+                f"{os.path.abspath(folder / name)}: no train split; {paths['validation'].name} trains, "
+                f"{paths['test'].name} validates"
+            )
+            paths = {"train": paths["validation"], "validation": paths["test"]}
+        if "train" in paths and len(paths) > 1:
+            paths = {"train": paths["train"], "validation": paths.get("validation") or paths["test"]}
+            splits = {split: _lines_of(path, option) for split, path in paths.items()}
+            source = os.path.abspath(paths["train"])
+            return Corpus(name, _digest_of_files(paths, option), source, splits, documents=True)
+    try:
+        return replace(_hub_dataset(name, LINE_DATASETS[name], option, DEFAULT_COLUMN), name=name)
+    except NotAvailable as e:
+        searched = ", ".join(os.path.abspath(folder / name) for folder in folders)
+        files = " and ".join(files[0] for files in list(LINE_FILES.values())[:2])
+        raise NotAvailable(f"{e}; {files} were looked for in {searched}") from None
+
+
+def _lines_of(path: Path, option: str) -> Texts:
+    return lambda: read_lines(path, option)
+
+
+def _hub_dataset(name: str, spec: str, option: str, column: str) -> Corpus:
+    datasets, column_option = hub_splits(spec, option), f"{option} --text-column {column}"
+    if "train" not in datasets:
+        raise UserError(f"{option}: no train split; it has {', '.join(datasets)}; give its files with file:PATH")
+    require_columns([column], datasets["train"].column_names, column_option)
+
+    def texts_of(split: str) -> Texts:
+        def rows() -> Iterator[tuple]:
+            for batch in datasets[split].select_columns([column]).iter(TABLE_ROWS):
+                yield from zip(batch[column], strict=True)
+
+        return lambda: join_columns(rows(), column_option)
+
+    validation = next((split for split in ("validation", "valid", "val", "test") if split in datasets), None)
+    if validation:
+        splits = {"train": texts_of("train"), "validation": texts_of(validation)}
+    else:
+        splits = {"all": texts_of("train")}
+    return Corpus(name, _digest(splits, column), f"hf:{spec}", splits, documents=True)
+
+
+def _token_files(folder: Path, option: str) -> Corpus:
+    """nanoGPT's files: the uint16 tokens of one split each, without a header."""
+    paths = {"train": folder / "train.bin", "validation": folder / "val.bin"}
+    for path in paths.values():
+        if not os.path.isfile(path):
+            raise NotAvailable(f"{option}: no {path.name} there; give a folder with train.bin and val.bin")
+        if not path.stat().st_size or path.stat().st_size % 2:
+            raise UserError(
+                f"{option}: {path.name} has {path.stat().st_size} bytes, no whole number of uint16 tokens; write it "
+                "again"
+            )
+    source = str(folder.resolve() / "train.bin")
+    return Corpus(f"bin:{folder.resolve()}", _digest_of_files(paths, option), source, {}, True, paths)
+
+
+def _digest(splits: Mapping[str, Texts], column: str) -> str:
+    """The SHA-256 of all texts and of where each one ends."""
+    digest = hashlib.sha256(column.encode())
+    for split, texts in splits.items():
+        digest.update(f"\0{split}".encode())
+        for text in texts():
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(f"\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
+def _digest_of_files(paths: Mapping[str, Path], option: str) -> str:
+    """The SHA-256 of the files' digests in hexadecimal, in the order of the splits."""
+    return hashlib.sha256("".join(sha256_of(path, option) for path in paths.values()).encode()).hexdigest()

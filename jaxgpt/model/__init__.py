@@ -1,0 +1,1 @@
+"""The GPT in Flax NNX: modules, fused operations, loss, sampling."""

@@ -1,0 +1,125 @@
+"""Causal attention: plain for any dtype and cache, blocked with a custom VJP for training, or cuDNN's flash attention.
+
+Axes: B batch, H heads, G = B*H, T time of queries, S time of keys, D head size.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import optimization_barrier
+
+AttentionImplementation = Literal["xla", "cudnn"]
+
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block, and blocks of a sequence
+
+
+def causal_attention(
+    q_BTHD: Array,
+    k_BSHD: Array,
+    v_BSHD: Array,
+    start: Array | int,
+    implementation: AttentionImplementation,
+    document_BT: Array | None = None,
+) -> Array:
+    """softmax(q k' / sqrt(D)) v, where the query at time start + t sees the keys at times 0..start + t.
+
+    Args:
+        start: the time of the first query; with a cache, the number of keys before it.
+        implementation: "cudnn" for flash attention on NVIDIA GPUs: bfloat16, T = S, start 0, no documents.
+        document_BT: with packed documents, the number of each token's document; a query sees the keys of its own only.
+
+    Returns:
+        [B, T, H, D] in the inputs' dtype.
+    """
+    if implementation == "cudnn":  # bfloat16, and T = S with start 0: `parallel.numerics` chooses it for training only
+        return jax.nn.dot_product_attention(q_BTHD, k_BSHD, v_BSHD, is_causal=True, implementation="cudnn")
+    # jax.nn.dot_product_attention(implementation="xla") computes its softmax in float32 even for float64 inputs, so
+    # equality with PyTorch could not be shown beyond 1e-7, and it is slower on a CPU (docs/speed-log.md).
+    n_rows, n_queries, n_head, head_size = q_BTHD.shape
+    n_keys = k_BSHD.shape[1]
+    whole_sequence = isinstance(start, int) and start == 0 and n_queries == n_keys
+    if whole_sequence and document_BT is None and q_BTHD.dtype in (jnp.float32, jnp.float64):
+        q_GTD, k_GTD, v_GTD = (
+            x.transpose(0, 2, 1, 3).reshape(n_rows * n_head, n_queries, head_size) for x in (q_BTHD, k_BSHD, v_BSHD)
+        )
+        out_GTD = _blocked_attention(q_GTD, k_GTD, v_GTD)
+        return out_GTD.reshape(n_rows, n_head, n_queries, head_size).transpose(0, 2, 1, 3)
+    att_BHTS = attention_weights(q_BTHD, k_BSHD, start, document_BT)
+    att_BHTS = att_BHTS.astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
+    return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
+
+
+def attention_weights(q_BTHD: Array, k_BSHD: Array, start: Array | int = 0, document_BT: Array | None = None) -> Array:
+    """softmax(q k' / sqrt(D)) over the keys that each query sees, as in `causal_attention`.
+
+    Returns:
+        [B, H, T, S] in float32, or float64 for float64 inputs; exactly 0 for masked keys.
+    """
+    stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
+    mask_TS = jnp.arange(k_BSHD.shape[1]) <= start + jnp.arange(q_BTHD.shape[1])[:, None]
+    mask = (
+        mask_TS if document_BT is None else mask_TS & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+    )
+    return jax.nn.softmax(jnp.where(mask, score_BHTS * q_BTHD.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+
+
+@jax.custom_vjp
+def _blocked_attention(q_GTD: Array, k_GTD: Array, v_GTD: Array) -> Array:
+    """Causal attention of whole sequences, one block of queries at a time, with the keys up to the block's end only."""
+    return _blocked_attention_fwd(q_GTD, k_GTD, v_GTD)[0]
+
+
+def _blocks(n_time: int) -> list[tuple[int, int]]:
+    """The first query and the end of each block."""
+    n_blocks = min(max(n_time // MIN_BLOCK, 1), MAX_BLOCKS)
+    width = -(-n_time // n_blocks)
+    return [(begin, min(begin + width, n_time)) for begin in range(0, n_time, width)]
+
+
+def _blocked_attention_fwd(q_GTD: Array, k_GTD: Array, v_GTD: Array) -> tuple[Array, tuple]:
+    """The output, and the residuals: e = exp(score - row maximum) of each block, and the row sums.
+
+    The weights e / sum are never formed: the division applies to e v, which is narrower.
+    """
+    scaled_GTD = q_GTD * q_GTD.shape[-1] ** -0.5
+    weights, sums, outs = [], [], []
+    for begin, end in _blocks(q_GTD.shape[1]):
+        score_GTS = jnp.einsum("GTD,GSD->GTS", scaled_GTD[:, begin:end], k_GTD[:, :end])
+        mask_TS = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+        score_GTS = jnp.where(mask_TS, score_GTS, -jnp.inf)
+        weights.append(jnp.exp(score_GTS - score_GTS.max(axis=-1, keepdims=True)))
+        sums.append(weights[-1].sum(axis=-1, keepdims=True))
+        outs.append(jnp.einsum("GTS,GSD->GTD", weights[-1], v_GTD[:, :end]) / sums[-1])
+    out_GTD, sum_GT1 = jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
+    return out_GTD, (scaled_GTD, k_GTD, v_GTD, weights, sum_GT1, out_GTD)
+
+
+def _blocked_attention_bwd(residuals: tuple, grad_GTD: Array) -> tuple[Array, Array, Array]:
+    """The gradients with respect to q, k and v. With P the weights, dS = P (dP - row sum of P dP).
+
+    That row sum equals the row sum of grad * out. Products that contract over queries take transposes of the narrow
+    operand: XLA's CPU backend has a slow path for a transposed wide operand, three times as long.
+    """
+    scaled_GTD, k_GTD, v_GTD, weights, sum_GT1, out_GTD = residuals
+    grad_GTD = grad_GTD / sum_GT1  # instead of dividing e
+    row_GT1 = (grad_GTD * out_GTD).sum(axis=-1, keepdims=True)
+    transposed = partial(jnp.swapaxes, axis1=1, axis2=2)
+    # Without the barrier XLA folds the transposes back into the products.
+    scaled_GDT, grad_GDT = optimization_barrier((transposed(scaled_GTD), transposed(grad_GTD)))
+    grad_k_GDS, grad_v_GDS, grad_q = jnp.zeros_like(scaled_GDT), jnp.zeros_like(scaled_GDT), []
+    for (begin, end), e_GTS in zip(_blocks(k_GTD.shape[1]), weights, strict=True):
+        grad_e_GTS = jnp.einsum("GTD,GSD->GTS", grad_GTD[:, begin:end], v_GTD[:, :end])
+        grad_score_GTS = e_GTS * (grad_e_GTS - row_GT1[:, begin:end])
+        grad_q.append(jnp.einsum("GTS,GSD->GTD", grad_score_GTS, k_GTD[:, :end]))
+        future = ((0, 0), (0, 0), (0, k_GTD.shape[1] - end))
+        grad_k_GDS += jnp.pad(jnp.einsum("GDT,GTS->GDS", scaled_GDT[:, :, begin:end], grad_score_GTS), future)
+        grad_v_GDS += jnp.pad(jnp.einsum("GDT,GTS->GDS", grad_GDT[:, :, begin:end], e_GTS), future)
+    grad_k_GDS, grad_v_GDS = optimization_barrier((grad_k_GDS, grad_v_GDS))
+    return jnp.concatenate(grad_q, axis=1) * k_GTD.shape[-1] ** -0.5, transposed(grad_k_GDS), transposed(grad_v_GDS)
+
+
+_blocked_attention.defvjp(_blocked_attention_fwd, _blocked_attention_bwd)

@@ -1,0 +1,1 @@
+"""What is trained: language modeling, and classification of texts."""

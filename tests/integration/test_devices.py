@@ -1,0 +1,38 @@
+"""jit on one, two and eight devices and pmap on eight are the same training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+# float32: sums over other groupings of rows; 3 units in the last place measured, of the 4 that 1e-6 allows.
+# Dropout as well: its masks belong to rows, so they do not depend on the devices either.
+@pytest.mark.parametrize(
+    "dtype, dropout, tolerance",
+    [
+        pytest.param("float64", 0, 1e-10, marks=pytest.mark.slow),
+        pytest.param("float32", 0, 1e-6, marks=pytest.mark.slow),
+        pytest.param("float64", 0.2, 1e-10, marks=pytest.mark.slow),
+    ],
+)
+def test_one_device_and_several_give_the_same_losses(tmp_path, dtype, dropout, tolerance):
+    script = Path(__file__).with_name("device_losses.py")
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    out = subprocess.run(
+        [sys.executable, script, dtype, str(dropout), tmp_path], env=env, capture_output=True, text=True, check=True
+    )
+    runs = json.loads(out.stdout)
+    one = runs["jit 1"]
+    assert len(one["loss"]) == 50 and len(set(one["loss"])) == 50 and np.isfinite(one["loss"]).all()
+    assert max(one["grad_norm"]) > 0.1  # the clip was at work
+    assert len(runs) == 4
+    for run in runs.values():
+        assert not run["shapes_have_device_axis"] and run["step"] == 50 and run["count"] == 80 * 24
+        np.testing.assert_allclose(run["loss"], one["loss"], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(run["grad_norm"], one["grad_norm"], rtol=tolerance)
+        np.testing.assert_allclose(run["whole"], one["whole"], rtol=tolerance)

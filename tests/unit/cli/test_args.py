@@ -1,0 +1,63 @@
+"""Parsing of command lines, and the messages of tyro."""
+
+import io
+import sys
+
+import pytest
+
+from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
+from jaxgpt.config import TrainConfig
+from jaxgpt.errors import UserError
+from jaxgpt.presets import PRESETS
+
+
+def parse(*args):
+    return parse_train_flags(list(args), "Train.", "jaxgpt train")
+
+
+def test_a_preset_gives_the_defaults():
+    flags = parse("--preset", "tinygpt", "--lr", "0.5")
+    assert flags.steps == PRESETS["tinygpt"].steps
+    assert flags.lr == 0.5
+
+
+def test_the_configuration_in_the_flags():
+    config = config_of(TrainFlags(seed=3, overwrite=True))
+    assert config == TrainConfig(seed=3)
+    assert type(config) is TrainConfig
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--stepz", "5"], "Unrecognized options: --stepz, 5 Perhaps you meant: --steps INT"),
+        (["--steps"], "Missing value for argument '--steps'. Expected 1 values."),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (
+            ["--optimizer", "lion"],
+            "invalid choice 'lion' for argument '--optimizer'. Expected one of ('adamw', 'adam',",
+        ),
+        (["surplus"], "Unrecognized options: surplus"),
+    ],
+)
+def test_a_message_of_tyro_is_one_plain_line(args, message):
+    with pytest.raises(UserError) as e:
+        parse(*args)
+    text = str(e.value)
+    assert text.startswith(message)
+    assert not set("│╭╮╰╯─\n\x1b") & set(text)
+    assert "full helptext" not in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_both_frames_of_tyro_are_removed(monkeypatch, encoding):
+    """tyro draws its frame with the characters that standard output can encode."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(UserError) as e:
+        parse("surplus")
+    assert str(e.value) == "Unrecognized options: surplus"
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="--preset minigtp: unknown preset; .*; did you mean minigpt?"):
+        parse("--preset", "minigtp")

@@ -1,0 +1,188 @@
+"""Executors on one and two devices, by jit and by pmap; which devices a step takes; the all-reduce."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import parallel
+from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.data.loader import make_loader
+from jaxgpt.data.sampler import BatchSampler, whole_split
+from jaxgpt.errors import UserError
+from jaxgpt.objective import LanguageModelingObjective
+from jaxgpt.runs import checkpoint
+
+SMALL = TrainConfig(batch_size=4, model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=12))
+TOKENS = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint8)
+
+
+def executor_of(config=None, n_devices=None):
+    config = config or SMALL
+    objective = LanguageModelingObjective(config, 50, parallel.numerics(config))
+    return parallel.Executor(objective, n_devices and jax.devices()[:n_devices])
+
+
+def loader_of(executor, where="auto"):
+    sampler = BatchSampler(executor.config, len(TOKENS))
+    return make_loader(TOKENS, sampler, executor.put, executor.bytes_for_tokens, where)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_a_batch_that_does_not_divide_is_refused(kind):
+    config = dataclasses.replace(SMALL, batch_size=5, parallel=kind)
+    objective = LanguageModelingObjective(config, 50, parallel.numerics(config))
+    with pytest.raises(UserError, match="--batch-size 5: not divisible by the 2 devices"):
+        parallel.Executor(objective, jax.devices()[:1] * 2)
+
+
+@pytest.fixture(scope="module")
+def train():
+    """(kind, n_devices, where, dispatches) -> state, metrics of a training; one executor for each kind and number."""
+    executors = {}
+
+    def run(kind, n_devices, where, dispatches):
+        key = kind, n_devices
+        if key not in executors:
+            executors[key] = executor_of(dataclasses.replace(SMALL, parallel=kind), n_devices)
+        executor = executors[key]
+        loader = loader_of(executor, where)
+        state, none = executor.train_steps(executor.init_state(), loader.take(0, 0), 0)
+        assert none.shape == (0, 2)
+        rows = []
+        with jax.log_compiles():
+            for n_steps in dispatches:
+                state, metrics = executor.train_steps(state, loader.take(len(rows), n_steps), n_steps)
+                rows += metrics.tolist()
+        loader.close()
+        return state, rows
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind, n_devices, where",
+    [
+        ("jit", 2, "device"),
+        ("pmap", 2, "device"),
+        ("jit", 2, "host"),
+        pytest.param("jit", 1, "device", marks=pytest.mark.slow),
+        pytest.param("jit", 1, "host", marks=pytest.mark.slow),
+        pytest.param("pmap", 1, "device", marks=pytest.mark.slow),
+        pytest.param("pmap", 1, "host", marks=pytest.mark.slow),
+        pytest.param("pmap", 2, "host", marks=pytest.mark.slow),
+    ],
+)
+def test_one_program_serves_every_number_of_steps_bit_for_bit(train, kind, n_devices, where, caplog):
+    once, rows = train(kind, n_devices, "device", [40])
+    caplog.clear()
+    parts, part_rows = train(kind, n_devices, where, [1, 13, 3, 22, 1])
+    assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert rows == part_rows and len(rows) == 40
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "batch_size, n_devices, n_cores",
+    [
+        (32, 2, 2),
+        (31, 1, 2),  # a batch that nothing divides
+        (12, 6, 8),
+        (10, 5, 8),
+        (3, 1, 8),  # 96 tokens are too few for three
+        (64, 8, 8),
+    ],
+)
+def test_a_cpus_cores_are_devices_where_it_pays(batch_size, n_devices, n_cores, monkeypatch):
+    config = dataclasses.replace(SMALL, batch_size=batch_size, model=dataclasses.replace(SMALL.model, block_size=32))
+    objective, device = LanguageModelingObjective(config, 50, parallel.numerics(config)), jax.local_devices()[0]
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_cores)
+    assert parallel.devices_for(objective) == [device] * n_devices
+    # 6.4 million parameters: each device needs 535 tokens.
+    many_words = LanguageModelingObjective(config, 200_000, objective.numerics)
+    most = max(1, batch_size * 32 // 535)
+    assert len(parallel.devices_for(many_words)) <= most < 4
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=2, n_embd=1024))
+    many_params = LanguageModelingObjective(wide, 50, objective.numerics)  # 25 million
+    assert parallel.devices_for(many_params) == [device]
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(n_cores))  # the user says so
+    assert parallel.devices_for(objective) == [device] * n_cores
+
+
+def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "CPU_QUOTA", tmp_path / "none")
+    n_cores = parallel.usable_cores()
+    assert n_cores >= 1
+    for quota, expected in (("max 100000", n_cores), ("50000 100000", 1), ("150000 100000", 1), ("9900000 100000", 99)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        monkeypatch.setattr(parallel, "CPU_QUOTA", tmp_path / "cpu.max")
+        assert parallel.usable_cores() == min(expected, n_cores)
+
+
+@pytest.mark.parametrize("all_reduce", [parallel._all_reduce, parallel._all_reduce_ravelled])
+def test_an_all_reduce_adds_up_every_array_over_the_devices(all_reduce):
+    def tree(scale):
+        arrays = {"a": np.arange(6).reshape(2, 3), "b": [np.float32(4), np.zeros((0, 2))], "c": np.arange(3)}
+        return jax.tree.map(lambda x: jnp.asarray(scale * x, jnp.float32), arrays)
+
+    both = jax.tree.map(lambda *xs: jnp.stack(xs), tree(1), tree(10))
+    sums = jax.pmap(all_reduce, axis_name=parallel.AXIS, devices=jax.devices()[:2])(both)
+    expected = jax.tree.map(lambda x: np.stack([x, x]), tree(11))
+    jax.tree.map(np.testing.assert_array_equal, sums, expected)
+
+
+def test_the_ravelled_all_reduce_is_one():
+    tree = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    mapped = jax.make_jaxpr(parallel._all_reduce_ravelled, axis_env=[(parallel.AXIS, 2)])(tree)
+    assert str(mapped).count("psum") == 1
+
+
+def test_the_loss_reported_is_the_one_before_the_update():
+    executor = executor_of()
+    loader = loader_of(executor)
+    _, metrics = executor.train_steps(executor.init_state(), loader.take(0, 1), 1)
+    assert metrics[0, 0] == pytest.approx(np.log(50), abs=0.05)  # of an untrained model
+
+
+@pytest.mark.parametrize(
+    "n_devices, large",
+    [
+        (2, False),
+        (1, True),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_holds_the_state_of_its_save_whatever_becomes_of_its_memory(
+    n_devices, large, tmp_path, monkeypatch
+):
+    if large:
+        monkeypatch.setattr(checkpoint, "LARGE", 1)
+    executor = executor_of(n_devices=n_devices)
+    loader = loader_of(executor)
+    state, _ = executor.train_steps(executor.init_state(), loader.take(0, 1), 1)
+    kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    manager = checkpoint.open_checkpoints(tmp_path / "checkpoints")
+    checkpoint.save(manager, state, None)
+    if large:  # all there before the next step asks for memory
+        assert (tmp_path / "checkpoints/1/default").is_dir()
+    for step in range(1, 30):  # each takes the state's memory
+        state, _ = executor.train_steps(state, loader.take(step, 1), 1)
+    checkpoint.wait(manager)
+    found = checkpoint.restore(manager, executor.abstract_state(), 1, "")
+    manager.close()
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(state.params["token_emb.embedding"], kept.params["token_emb.embedding"])
+
+
+def test_evaluation_leaves_out_what_only_fills_the_batch():
+    executor = executor_of()
+    params = executor.init_state().params
+    sums_J2 = executor.evaluate(params, whole_split(TOKENS[:61], 4, 12))
+    assert sums_J2.shape == (2, 2) and sums_J2[:, 1].tolist() == [4 * 12, 12]
+    one_by_one = [executor.evaluate(params, whole_split(TOKENS[s : s + 13], 4, 12))[0, 0] for s in range(0, 60, 12)]
+    assert sums_J2[:, 0].sum() == pytest.approx(sum(one_by_one), rel=1e-6)
