@@ -1,0 +1,170 @@
+"""The commands of README and docs run as they stand on the page; this file adds flags that make them small.
+
+`RUN`, `my.txt` and the other names that the pages use for the reader's own files exist where a page's commands run.
+A block that cannot run here has a line `<!-- not run: reason -->` before it, and a line in NOT_RUN below.
+"""
+
+import random
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documentation import COMMANDS, PAGES, ROOT, Block, blocks
+
+# The blocks that are not run: (page, first line).
+NOT_RUN = {
+    ("CONTRIBUTING.md", "make env"),
+    ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
+    ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
+    ("docs/benchmarks.md", "python scripts/bench.py --preset nanogpt-char,gpt2-124m --docs"),
+    ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
+    ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),
+    ("docs/parity.md", "python scripts/parity.py"),
+    ("docs/quick-start.md", "make env"),
+    ("docs/quick-start.md", "python -m venv .venv && source .venv/bin/activate"),
+    ("docs/quick-start.md", 'make train ARGS="--steps 1"'),
+    ("docs/quick-start.md", "python scripts/parity.py"),
+}
+TINY = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --batch-size 8"
+REPORTS = "--eval-every 10 --eval-batches 2 --sample-tokens 20"
+SMALL = f"{TINY} {REPORTS} --steps 20"
+# What is added to a command that matches.
+ADDED = (
+    (r"scripts/(train|compare)\.py|convert\.py import", SMALL),
+    (r"torch_ref\.train", f"{TINY} {REPORTS} --steps 10"),
+    (r"--preset wikitext2", "--tokenizer bpe:300"),
+    (r"^(?!.*(--dataset|--preset wikitext2)).*(train|compare)\.py", "--dataset file:my.txt"),
+    (r"torch_ref\.train|convert\.py import", "--dataset file:my.txt"),
+    (r"finetune\.py", "--epochs 1 --batch-size 8 --max-tokens 16"),
+)
+
+
+def small(command: str) -> str:
+    """The command with its added flags; a flag given twice has its last value. The text is one of our own."""
+    added = [flags for pattern, flags in ADDED if re.search(pattern, command)]
+    return " ".join([command.replace("--dataset tinyshakespeare", "--dataset file:my.txt"), *added])
+
+
+def all_blocks() -> list[Block]:
+    return [block for page in PAGES for block in blocks(page) if block.language in COMMANDS]
+
+
+def lines(block: Block) -> list[str]:
+    """A block's commands, without comments; of a console's those after the prompt."""
+    text = [re.split(r"\s+# ", line)[0] for line in block.text.splitlines()]
+    if block.language == "console":
+        return [line.removeprefix("$ ") for line in text if line.startswith("$ ")]
+    return [line for line in text if line]
+
+
+def folder_of_a_reader(folder: Path) -> Path:
+    """Texts and tables of our own, under the names that the pages use for the reader's."""
+    draw = random.Random(0)
+    words = [*"the a cat dog sat on mat report goals stocks fell after two late".split(), string.printable.strip()]
+
+    def sentence(n_words: int) -> str:
+        return " ".join(draw.choices(words, [8] * (len(words) - 1) + [1], k=n_words))
+
+    (folder / "my.txt").write_text("\n".join(sentence(12) for _ in range(500)))
+    rows = [
+        f'"{sentence(3)}","{sentence(8)}",{draw.choice(["sports", "markets"])}'.replace('!"#', "!#") for _ in range(200)
+    ]
+    (folder / "my.csv").write_text("\n".join(["title,body,topic", *rows]))
+    (folder / "data" / "wikitext-2").mkdir(parents=True)
+    for name in ("train.txt", "valid.txt"):
+        (folder / "data" / "wikitext-2" / name).write_text("\n".join(sentence(30) for _ in range(120)))
+    (folder / "data" / "ag_news").mkdir()
+    rows = [f'"{draw.randint(1, 4)}","{sentence(3)}","{sentence(8)}"'.replace('!"#', "!#") for _ in range(100)]
+    (folder / "data" / "ag_news" / "test.csv").write_text("\n".join(rows))
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, call in (("python", ""), ("jaxgpt", "-m jaxgpt")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call} "$@"\n')
+        (programs / name).chmod(0o755)
+    for name in ("scripts", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def reader(tmp_path, cli, user_env):
+    """Runs one command line in the folder of a reader; returns the finished process. `reader.folder` is the folder."""
+    folder = folder_of_a_reader(tmp_path)
+    environment = {"JAXGPT_DATA_DIR": str(folder / "data"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(line: str) -> subprocess.CompletedProcess:
+        words = shlex.split(line)
+        script = re.fullmatch(r"scripts/(\w+)\.py", words[1])
+        if words[0] == "jaxgpt" or words[0] == "python" and script:
+            return cli(*([script[1], *words[2:]] if script else words[1:]), cwd=folder, **environment)
+        env = {**user_env, **environment, "PATH": f"{folder / 'bin'}:{user_env['PATH']}"}
+        return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+    run.folder = folder
+    return run
+
+
+def masked(line: str) -> str:
+    """A line of output with every figure as `#`, on any number of devices."""
+    return re.sub(r"# x CPU", "CPU", re.sub(r"\d[\d,.]*(e[+-]\d+)?", "#", " ".join(line.split())))
+
+
+def test_the_readmes_commands_print_what_it_shows(reader):
+    """Every line with a figure that the README shows comes out of the command above it, but for the figures."""
+    (block,) = [block for block in blocks("README.md") if block.language == "console"]
+    shown: dict[str, list[str]] = {}
+    for line in block.text.splitlines():
+        if line.startswith("$ "):
+            shown[line.removeprefix("$ ")] = []
+        else:
+            shown[list(shown)[-1]].append(line)
+    assert [re.search(r"scripts/(\w+)", command)[1] for command in shown] == ["train", "generate", "parity"]
+    for command, expected in shown.items():
+        done = reader(small(command))
+        assert done.returncode == 0, done.stderr
+        printed = {
+            masked(line.replace(f"file:{reader.folder}/my.txt", "tinyshakespeare")) for line in done.stdout.splitlines()
+        }
+        wanted = {masked(line) for line in expected if re.search(r"\d|:$", line)}
+        assert wanted and wanted <= printed, sorted(wanted - printed)
+
+
+def test_the_readmes_library_example_lowers_the_loss(monkeypatch, capsys):
+    (block,) = [block for block in blocks("README.md") if block.language == "python"]
+    monkeypatch.chdir(ROOT)
+    exec(compile(block.text, "README.md", "exec"), {})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+
+
+def test_no_block_is_left_out_silently():
+    assert {(block.page, block.first_command) for block in all_blocks() if block.not_run} == NOT_RUN
+
+
+RUN_PAGES = sorted({block.page for block in all_blocks() if not block.not_run and block.language == "bash"})
+
+
+@pytest.fixture(scope="module")
+def trained_run(command, tmp_path_factory) -> Path:
+    """The run that the pages call RUN."""
+    folder = folder_of_a_reader(tmp_path_factory.mktemp("reader"))
+    done = command("train.py", "--dataset", f"file:{folder / 'my.txt'}", "--out-dir", folder / "RUN", *SMALL.split())
+    assert done.returncode == 0, done.stderr
+    return folder / "RUN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_the_commands_of_a_page_run(page, reader, trained_run):
+    """In order, each in the folder that the ones before have left."""
+    shutil.copytree(trained_run, reader.folder / "RUN")
+    for block in blocks(page):
+        if block.language == "bash" and not block.not_run:
+            for line in lines(block):
+                done = reader(small(line))
+                assert done.returncode == 0, f"{page}:{block.line}: {line}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
