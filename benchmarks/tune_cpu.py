@@ -178,7 +178,7 @@ def _measure_point(
     config: TrainConfig, vocab_size: int, microbatch_tokens: int | None, flags: argparse.Namespace
 ) -> GridPoint:
     objective, tokens_N = _objective(config, vocab_size), random_tokens(vocab_size)
-    n_params = sum(math.prod(p.shape) for p in jax.eval_shape(objective.init_params).values())
+    n_params = sum(math.prod(p.shape) for p in objective.param_shapes.values())
     devices = _most_devices(config.batch_size)
     variants = {
         n: InProcess(

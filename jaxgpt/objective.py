@@ -69,6 +69,11 @@ class Objective:
         key = rng.stream_key(self.config.seed, rng.INIT)
         return init_params(key, self.config.model, self.vocab_size, self.numerics, self.n_classes)
 
+    @cached_property
+    def param_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters' shapes and dtypes, by one trace that computes nothing."""
+        return jax.eval_shape(self.init_params)
+
     def dropout_keys(self, step: Array, local_rows: LocalRows = whole_batch) -> Array | None:
         """A step's dropout keys, one for each of the device's rows; None without dropout."""
         if not self.config.model.dropout:

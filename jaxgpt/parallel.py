@@ -29,7 +29,15 @@ from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import Numerics
 from jaxgpt.objective import Objective
-from jaxgpt.train_step import SINGLE_DEVICE, StepContext, TrainState, eval_step, init_state, train_steps
+from jaxgpt.train_step import (
+    SINGLE_DEVICE,
+    StepContext,
+    TrainState,
+    eval_step,
+    init_state,
+    state_before_training,
+    train_steps,
+)
 
 AXIS = "data"
 
@@ -123,7 +131,7 @@ def devices_for(objective: Objective) -> list[Any]:
     devices, config = jax.local_devices(), objective.config
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
-    n_params = sum(math.prod(p.shape) for p in jax.eval_shape(objective.init_params).values())
+    n_params = sum(math.prod(p.shape) for p in objective.param_shapes.values())
     return devices[: CPU_TUNING.n_devices(n_params, config.batch_size, config.tokens_per_step, len(devices))]
 
 
@@ -206,7 +214,7 @@ class Executor:
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(partial(init_state, self.objective))
+        shapes = jax.eval_shape(partial(state_before_training, self.objective), self.objective.param_shapes)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), shapes)
 
     def compile_ahead(self, source: Any) -> None:

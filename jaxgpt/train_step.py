@@ -101,7 +101,11 @@ def eval_step(objective: Objective, params: Params, batch: tuple[Array, ...], ct
 
 def init_state(objective: Objective) -> TrainState:
     """The state before the first update, a function of the seed."""
-    params = objective.init_params()
+    return state_before_training(objective, objective.init_params())
+
+
+def state_before_training(objective: Objective, params: Params) -> TrainState:
+    """The state of given parameters before the first update: step 0, and the optimizer's initial state."""
     return TrainState(jnp.zeros((), jnp.int32), params, objective.optimizer.init(params))
 
 

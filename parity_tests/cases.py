@@ -232,7 +232,7 @@ def objective_of(case: Case, precision: str) -> LanguageModelingObjective:
 
 def flax_params(case: Case, objective: LanguageModelingObjective) -> dict[str, np.ndarray]:
     """The case's weights under the Flax names, in the objective's dtype."""
-    like = jax.eval_shape(objective.init_params)
+    like = objective.param_shapes
     dtype = objective.numerics.param_dtype
     return from_torch({name: p.astype(dtype) for name, p in case.start.items()}, like)
 

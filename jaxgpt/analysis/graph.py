@@ -157,7 +157,7 @@ class _Trace:
 
     def __init__(self, objective: Objective, gradient: bool):
         config = objective.config
-        self.params = jax.eval_shape(objective.init_params)
+        self.params = objective.param_shapes
         self.classes: dict[str, str] = {}  # path of each module -> its class
         self.ops: list[_Op] = []
         self.avals: list[Any] = []  # shape and dtype of each value

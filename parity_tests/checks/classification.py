@@ -69,7 +69,7 @@ def objective_of(config: FinetuneConfig, dtype: str) -> ClassificationObjective:
 
 
 def flax_params(objective: ClassificationObjective, model: reference.Classifier) -> dict[str, np.ndarray]:
-    like = jax.eval_shape(objective.init_params)
+    like = objective.param_shapes
     dtype = objective.numerics.param_dtype
     return from_torch({name: p.detach().numpy().astype(dtype) for name, p in model.named_parameters()}, like)
 
