@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import strict_json
+
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
 # Data sheets' dense bfloat16 rates, FLOP/s, by what the device's name holds (the SXM forms).
 DATA_SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
@@ -100,7 +102,7 @@ def record(results: list[dict[str, Any]]) -> None:
     for result in results:
         # One run measures the steps, the scaling or the loop; what it does not measure stays.
         kept.setdefault(title_of(result), {}).setdefault(result["preset"], {}).update(result)
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     page = (FOLDER / "benchmarks.md").read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     (FOLDER / "benchmarks.md").write_text(f"{before}{BEGIN}\n{tables(kept)}{END}{after}", encoding="utf-8")

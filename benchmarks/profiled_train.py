@@ -92,7 +92,7 @@ class LoopProfiler:
 def main() -> None:
     path, interval_seconds, *arguments = sys.argv[1:]
     from jaxgpt.parallel import Executor
-    from jaxgpt.runs import checkpoint
+    from jaxgpt.runs.checkpoint import Checkpoints
     from jaxgpt.runs.run_dir import RunDir
     from jaxgpt.tasks.language_modeling import LanguageModelingTask
 
@@ -105,24 +105,23 @@ def main() -> None:
         lambda self, params, step, n_batches=None: "checkpoints" if n_batches == 1 else "evaluation",
     )
     for owner, name, part in (
-        (checkpoint, "save", "checkpoints"),
-        (checkpoint, "wait", "checkpoints"),
-        (RunDir, "flush", "checkpoints"),
+        (Checkpoints, "save", "checkpoints"),
+        (Checkpoints, "wait", "checkpoints"),
         (RunDir, "append_steps", "records"),
         (RunDir, "append", "records"),
     ):
         profiler.instrument(owner, name, lambda *args, part=part, **kwargs: part)
-    timed_append, timed_wait = RunDir.append_steps, checkpoint.wait
+    timed_append, timed_wait = RunDir.append_steps, Checkpoints.wait
 
     def append_steps(self: RunDir, rows: list[Any]) -> None:
         timed_append(self, rows)
         profiler.on_dispatch(len(rows))
 
-    def wait(manager: Any) -> None:
-        timed_wait(manager)
+    def wait(self: Checkpoints) -> None:
+        timed_wait(self)
         profiler.on_train_end()
 
-    RunDir.append_steps, checkpoint.wait = append_steps, wait
+    RunDir.append_steps, Checkpoints.wait = append_steps, wait
     sys.argv = ["jaxgpt train", *arguments]
     script("train")
 

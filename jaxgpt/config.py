@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from jaxgpt.errors import UserError, require, require_at_least, require_at_most, require_seed
+from jaxgpt.errors import UserError, require, require_at_least, require_at_most, require_int32, require_seed
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ModelConfig:
     """documented: N(0, 0.02), biases as in PyTorch. gpt2: biases 0, residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
+        require_int32(self, prefix="model.")
         require_at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", prefix="model.")
         require_at_most(10**3, self, "n_layer", prefix="model.")
         require_at_most(10**5, self, "n_embd", prefix="model.")
@@ -91,6 +92,10 @@ class OptimizerConfig:
     """Step at which the cosine reaches min_lr (0 = at --steps)."""
     min_lr: float = 0.0
     """Rate at and after the end of the cosine."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient norm is not finite: stop, or skip that update. Five updates skipped in a row stop."""
+    skip_spikes: float = 0.0
+    """Skip an update whose gradient norm exceeds so many times the running mean of the norms before (0 = none)."""
 
     def check_optimizer(self) -> None:
         """Raises `UserError` for a value out of its range."""
@@ -104,6 +109,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(value is None or 0 <= value < math.inf, name, value, "give 0 or a positive number")
         require_at_least(0, self, "warmup_steps", "decay_steps")
+        factor = self.skip_spikes
+        require(factor == 0 or 1 < factor < math.inf, "skip_spikes", factor, "give 0 or a number above 1")
         # A value that would be ignored is a mistake that nobody would notice.
         for name, needed, ignored in (
             ("warmup_steps", "--schedule warmup-cosine", self.schedule != "warmup-cosine"),
@@ -129,6 +136,11 @@ class OptimizerConfig:
             require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"above --lr {self.lr}; lower it")
             # The rates are a table that goes into the compiled program.
             require(self.steps <= 10**7, "steps", self.steps, "with a schedule, give at most 10000000")
+
+    @property
+    def skips_updates(self) -> bool:
+        """Whether an update may be skipped."""
+        return self.on_nonfinite == "skip" or self.skip_spikes > 0
 
     @property
     def cosine_end(self) -> int:
@@ -286,6 +298,7 @@ class TrainConfig(OptimizerConfig, LoopConfig):
     """All that determines a run's numbers; saved as its `config.json`."""
 
     def __post_init__(self):
+        require_int32(self)
         require_at_least(1, self, "steps")
         self.check_loop()
         if self.max_val_tokens:
@@ -328,6 +341,7 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
         return self.max_tokens
 
     def __post_init__(self):
+        require_int32(self)
         self.check_run()
         self.check_optimizer()
         require_at_least(1, self, "max_tokens", "epochs")
@@ -336,6 +350,16 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
         require(self.max_tokens <= self.model.block_size, "max_tokens", self.max_tokens, remedy)
         if self.steps:
             self.check_schedule()
+
+
+@dataclass(frozen=True)
+class FaultPolicy:
+    """What a training does about warning signals and failed saves. No part of a run's numbers, nor of config.json."""
+
+    on_warning_signal: Literal["stop", "continue"] = "stop"
+    """After SIGUSR1 or SIGUSR2 (SLURM: --signal=USR1@120) and a checkpoint: stop with exit code 0, or go on."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop, or go on and try the next one. The first and the last must succeed."""
 
 
 @dataclass(frozen=True)
@@ -356,6 +380,7 @@ class SamplingConfig:
     """Continuations of the prompt; the seed of each is one more than of the one before."""
 
     def __post_init__(self):
+        require_int32(self)
         require_at_least(1, self, "max_new_tokens", "samples")
         require_at_most(1000, self, "samples")
         require_at_least(0, self, "top_k")
@@ -376,19 +401,31 @@ def to_json(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig | FinetuneConfig:
-    """The inverse of `to_json`. Raises `UserError` that names unknown fields, or an unknown task."""
+    """The inverse of `to_json`.
+
+    Raises:
+        UserError: an unknown task or field, a value of another type than its field's, or one out of its range.
+    """
+    import msgspec  # here: nothing else needs it
+
     values = dict(values)
     # Runs begun before config.json named the task: only a classifier has a "pool".
     task = values.pop("task", "classification" if "pool" in values else "language_modeling")
-    if task not in _CLASS_OF_TASK:
+    if not isinstance(task, str) or task not in _CLASS_OF_TASK:
         raise UserError(f"config.json was written by another version: its task is {task}")
     kind = _CLASS_OF_TASK[task]
     # A missing field was added after the file was written; its default is what the program did then.
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise UserError("config.json is damaged (it has no model)")
     unknown = [name for name in values if name not in {f.name for f in dataclasses.fields(kind)}]
-    unknown += [name for name in values["model"] if name not in {f.name for f in dataclasses.fields(ModelConfig)}]
+    unknown += [name for name in model if name not in {f.name for f in dataclasses.fields(ModelConfig)}]
     if unknown:
         raise UserError(f"config.json was written by another version: it has the fields {', '.join(unknown)}")
-    return kind(**{**values, "model": ModelConfig(**values["model"])})
+    try:
+        return msgspec.convert(values, kind)  # checks the types; each class checks its ranges
+    except msgspec.ValidationError as e:
+        raise UserError(f"config.json is damaged ({e})") from None
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

@@ -61,7 +61,7 @@ class Objective:
         return bind(self.config.model, self.vocab_size, Numerics(dtype, dtype), self.n_classes)
 
     @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
         return make_optimizer(self.config)
 
     def init_params(self) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """The learning-rate schedule, the decay mask, and the update rule, assembled from optax."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,14 @@ from jax import Array
 from jaxgpt.config import OptimizerConfig
 from jaxgpt.model.gpt import Params
 
+NORM_WARMUP = 25  # --skip-spikes: updates whose gradient norms are averaged before any is compared
+NORM_DECAY = 0.97  # --skip-spikes: of the exponential moving average of the norms after these
+
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
     """The learning rate of update `step`, counted from 0, in double precision: the one definition of all schedules.
+
+    A skipped update is not counted.
 
     constant: lr. cosine: min_lr + (lr - min_lr) (1 + cos(pi step / end)) / 2, as torch's CosineAnnealingLR stepped
     after every update; min_lr after the end. warmup-cosine: lr * step / warmup_steps (0 at step 0), then the cosine
@@ -52,12 +57,70 @@ def decay_mask(params: Params, which: str) -> dict[str, bool]:
     }
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer: clipping by global norm, then AdamW, Adam or SGD as torch.optim defines them."""
-    return optax.chain(
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimizer: clipping by global norm, then AdamW, Adam or SGD as torch.optim defines them.
+
+    Its `update` takes the loss as `value`, by which --on-nonfinite skip decides.
+    """
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _update_rule(config, optax_schedule(config)),
     )
+    return skip_updates(config, optimizer) if config.skips_updates else optax.with_extra_args_support(optimizer)
+
+
+class SkipState(NamedTuple):
+    """The state of `skip_updates`: int32 scalars, the running mean, and the optimizer's own state."""
+
+    applied: Array  # updates applied
+    skipped: Array  # updates skipped
+    in_a_row: Array  # updates skipped since the last one that was applied
+    norm_mean: Array  # running mean of the applied updates' gradient norms, before the clip
+    optimizer: Any
+
+
+def skip_updates(
+    config: OptimizerConfig, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that skips updates: parameters and the optimizer's state stay as they are, bit for bit.
+
+    So the schedule and Adam's bias correction count only the updates applied, as in `optax.apply_if_finite` and
+    Megatron-LM. It skips an update
+
+    - with --on-nonfinite skip: if the loss or the gradients' global norm is NaN or infinite;
+    - with --skip-spikes: if that norm exceeds the factor times the running mean of the norms before it. The mean is
+      ZClip's (arXiv:2504.02507): the plain mean of the first 25 norms, and from then on an exponential moving average,
+      0.97 mean + 0.03 norm. A skipped norm does not enter it, and of the first 25 none is compared.
+    """
+
+    def init(params: Any) -> SkipState:
+        applied, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        norm_mean = jnp.zeros((), jnp.result_type(*params.values()))
+        return SkipState(applied, skipped, in_a_row, norm_mean, optimizer.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, SkipState]:
+        norm, loss = optax.tree.norm(updates), extra_args["value"]
+        skip = jnp.zeros((), bool)
+        if config.on_nonfinite == "skip":
+            skip |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        if config.skip_spikes:
+            skip |= (state.applied >= NORM_WARMUP) & (norm > config.skip_spikes * state.norm_mean)
+        in_warmup, n_norms = state.applied < NORM_WARMUP, (state.applied + 1).astype(norm.dtype)
+        weight = jnp.where(in_warmup, 1 / n_norms, 1 - NORM_DECAY)
+        updates, optimizer_state = optimizer.update(updates, state.optimizer, params)
+        applied = SkipState(
+            state.applied + 1,
+            state.skipped,
+            jnp.zeros_like(state.in_a_row),
+            state.norm_mean + weight * (norm - state.norm_mean),
+            optimizer_state,
+        )
+        skipped = state._replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+        # Minus zero: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
+        updates = jax.tree.map(lambda u: jnp.where(skip, jnp.full_like(u, -0.0), u), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(skip, old, new), applied, skipped)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _update_rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -234,12 +234,12 @@ class Executor:
         Donates the state and waits for the result.
 
         Returns:
-            The new state, and on the host loss and gradient norm of each step, [n_steps, 2].
+            The new state, and on the host the metrics of each step, as `train_step.train_steps` has them.
         """
         if self._compiling is not None:
             self._train_steps, self._compiling = self._compiling.result(), None
-        state, metrics_K2 = self._train_steps(state, source, jnp.int32(n_steps))
-        return state, np.asarray(metrics_K2)[:n_steps]
+        state, metrics_KM = self._train_steps(state, source, jnp.int32(n_steps))
+        return state, np.asarray(metrics_KM)[:n_steps]
 
     def memory(self, source: Any) -> dict[str, int]:
         """What the compiler plans for `train_steps` on each device, in bytes; compiles it anew."""

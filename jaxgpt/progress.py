@@ -1,16 +1,21 @@
 """The display of a training run: a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from typing import Any
 
 from jaxgpt.callbacks import Callback
+from jaxgpt.environment import output_errors
 
 QUIET_SECONDS = 20.0  # where there is no terminal: the longest time between two lines
 
 
 class ProgressDisplay(Callback):
-    """Displays a training run. `line` works at any time; `on_train_begin` starts the bar and `close` removes it."""
+    """Displays a training run. `line` works at any time; `on_train_begin` starts the bar and `close` removes it.
+
+    Where standard output cannot be written, `line` raises `BrokenPipeError` or `OutputError`, once.
+    """
 
     def __init__(self):
         self._bar = None
@@ -19,10 +24,11 @@ class ProgressDisplay(Callback):
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         self._last_line = time.monotonic()
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
+        with output_errors():
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
 
     def on_train_begin(self, step: int, n_steps: int) -> None:
         self._total = n_steps
@@ -61,5 +67,6 @@ class ProgressDisplay(Callback):
     def close(self) -> None:
         """Removes the bar."""
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with contextlib.suppress(OSError):  # the terminal has gone
+                bar.stop()

@@ -2,7 +2,8 @@
 
 Everything here is a pure function over a `TrainState`. A step knows nothing of devices: what it needs of them comes in
 as a `StepContext` from `parallel.py`. What is trained comes in as an `Objective` from `objective.py`.
-Axes: B rows of the global batch, or of this device's share after `ctx.local_rows`; T time; K steps of one dispatch.
+Axes: B rows of the global batch, or of this device's share after `ctx.local_rows`; T time; K steps of one dispatch; M
+metrics of a step.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jax import Array, lax
 
 from jaxgpt.model.gpt import Params
 from jaxgpt.objective import LocalRows, Objective, whole_batch
+from jaxgpt.optimizer import SkipState
 
 
 class TrainState(NamedTuple):
@@ -44,6 +46,7 @@ class StepResult(NamedTuple):
     grad_norm: Array  # scalar: global norm of the gradients, before the clip
     grads: Params  # of the mean loss, before the clip
     updates: Any  # what the optimizer added to the parameters, by name
+    skipped: Array | None = None  # bool scalar: whether it skipped the update; None where it never does
 
 
 def train_step(
@@ -67,9 +70,11 @@ def train_step(
     (loss_sum, count), grad_sums = ctx.all_reduce(sums)
     loss, grads = loss_sum / count, jax.tree.map(lambda g: g / count, grad_sums)
     # Clip by global norm, AdamW with masked decay, schedule: `optimizer.py`.
-    updates, opt_state = objective.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = objective.optimizer.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), StepResult(loss, optax.tree.norm(grads), grads, updates)
+    new_state = TrainState(state.step + 1, params, opt_state)
+    skipped = opt_state.in_a_row > 0 if isinstance(opt_state, SkipState) else None
+    return new_state, StepResult(loss, optax.tree.norm(grads), grads, updates, skipped)
 
 
 def train_steps(
@@ -81,16 +86,19 @@ def train_steps(
     number of steps. Within one dispatch XLA keeps the temporary buffers, which halves a step's time on a CPU.
 
     Returns:
-        The new state, and loss and gradient norm of each step, [K, 2], of which the first `n_steps` rows count.
+        The new state, and the metrics M of each step, [K, M], of which the first `n_steps` rows count: loss, gradient
+        norm, and where an update may be skipped, whether it was (1 or 0).
     """
 
     def body(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, metrics_K2 = carry
+        state, metrics_KM = carry
         state, result = train_step(objective, state, objective.batch(source, k, ctx.local_rows), ctx)
-        return state, metrics_K2.at[k].set(jnp.stack([result.loss, result.grad_norm]))
+        metrics = [result.loss, result.grad_norm, result.skipped][:n_metrics]
+        return state, metrics_KM.at[k].set(jnp.stack(metrics))
 
-    metrics_K2 = jnp.zeros((len(source[-1]), 2), objective.numerics.param_dtype)
-    return lax.fori_loop(0, n_steps, body, (state, metrics_K2))
+    n_metrics = 3 if objective.config.skips_updates else 2
+    metrics_KM = jnp.zeros((len(source[-1]), n_metrics), objective.numerics.param_dtype)
+    return lax.fori_loop(0, n_steps, body, (state, metrics_KM))
 
 
 def eval_step(objective: Objective, params: Params, batch: tuple[Array, ...], ctx: StepContext) -> Any:

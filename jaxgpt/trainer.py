@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -10,16 +11,19 @@ import jax
 import numpy as np
 
 from jaxgpt.callbacks import Callback
+from jaxgpt.config import FaultPolicy
 from jaxgpt.data.loader import Loader
-from jaxgpt.errors import LossNotFinite, UserError
-from jaxgpt.optimizer import learning_rate
+from jaxgpt.errors import LossNotFinite, OutputError, UserError
+from jaxgpt.optimizer import SkipState, learning_rate
 from jaxgpt.parallel import Executor
-from jaxgpt.runs import checkpoint, run_dir
+from jaxgpt.runs import files
+from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.run_dir import RunDir
-from jaxgpt.signals import stop_signals
+from jaxgpt.signals import exit_code, stop_signals, warning_signals
 from jaxgpt.train_step import TrainState
 from jaxgpt.versions import versions
 
+MAX_SKIPPED = 5  # updates skipped in a row; then training stops
 DISPATCH_SECONDS = 1.0  # long against the cost of a dispatch (about 8 ms on a CPU), short for a progress bar and Ctrl-C
 
 
@@ -51,31 +55,38 @@ def run_training(
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
     started: float,
+    policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
 ) -> int:
-    """Trains to the end, or until a stop signal; a run resumes from its last checkpoint.
+    """Trains to the end, or until a signal stops it or standard output is lost; saves before it returns or raises.
+
+    A run resumes from its last checkpoint.
 
     Args:
         first_state: the state of a run that has no checkpoint yet.
         callbacks: beside those of the task.
         say: takes lines for a person.
         started: `time.perf_counter()` at the command's start, for the time to the first step.
+        policy: what to do about warning signals and failed saves.
 
     Returns:
-        The command's exit code: 0, or 128 + the signal that stopped the run.
+        The command's exit code: 0, also if a warning signal stopped the run, or 128 + the signal that did.
 
     Raises:
-        UserError: the disk is full or the memory exhausted.
-        LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold earlier states.
+        UserError: the disk is full, the memory exhausted, or standard output cannot be written (`OutputError`).
+        BrokenPipeError: nobody reads standard output any more.
+        LossNotFinite: a loss, a gradient norm or the state is not finite; the checkpoints hold earlier states.
     """
-    checkpoints = checkpoint.open_checkpoints(run.checkpoints, run.config.keep_checkpoints)
+    checkpoints = Checkpoints(run, run.config.keep_checkpoints)
     task = None
     try:
-        with _reported_as_user_error(run):
+        with _reported_as_user_error(run), warning_signals() as warnings:
             with stop_signals() as stop:
                 task = make_task()
-                trainer = Trainer(run, executor, checkpoints, task, first_state, callbacks, say, started)
-                trainer.train(stop)
-            if trainer.complete:  # all is saved: from here on a signal ends the process at once
+                trainer = Trainer(run, executor, checkpoints, task, first_state, callbacks, say, started, policy)
+                trainer.train(stop, warnings)
+            if trainer.lost_output is not None:
+                raise trainer.lost_output
+            if trainer.complete:  # all is saved: a stop signal ends the process at once, a warning changes nothing
                 trainer.finish()
                 return 0
     finally:
@@ -83,13 +94,12 @@ def run_training(
             callback.close()
         if task is not None:
             task.loader.close()
-        with contextlib.suppress(Exception):  # a failed save has raised its error already
-            checkpoints.close()
+        checkpoints.close()
     say(
         f"stopped after {trainer.done} of {run.config.steps} steps, all saved; "
         f"the same command with --out-dir {run.path} goes on"
     )
-    return 128 + stop[0]
+    return exit_code([*stop, *warnings])
 
 
 @contextlib.contextmanager
@@ -97,6 +107,8 @@ def _reported_as_user_error(run: RunDir) -> Iterator[None]:
     """Turns a full disk and exhausted memory into a `UserError`; discards a run that did not make its first step."""
     try:
         yield
+    except BrokenPipeError:  # of standard output: no file is a pipe
+        raise
     except OSError as e:
         raise UserError(
             f"--out-dir {run.path}: cannot be written ({e.strerror}); make room there and start again: it goes on"
@@ -122,21 +134,28 @@ class Trainer:
         self,
         run: RunDir,
         executor: Executor,
-        checkpoints: checkpoint.Manager,
+        checkpoints: Checkpoints,
         task: Task,
         first_state: Callable[[], TrainState],
         callbacks: Sequence[Callback],
         say: Callable[[str], None],
         started: float,
+        policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
     ):
         self.run, self.config, self.executor, self.say = run, run.config, executor, say
+        self.policy = policy
+        self.lost_output: BrokenPipeError | OutputError | None = None  # the error, once a line could not be printed
         self.task, self._first_state = task, first_state
         self.callbacks = [*callbacks, *task.callbacks]
         self._periodic = [callback for callback in self.callbacks if callback.every]
         self.checkpoints = checkpoints
         self.state = self._restored_state()
-        self.done = int(self.state.step)  # updates done
-        run.rewind(self.done)
+        self.done = int(self.state.step)  # steps done, skipped updates included
+        skips = self.state.opt_state if isinstance(self.state.opt_state, SkipState) else None
+        self.skipped_steps, self._skipped_in_a_row = (int(skips.skipped), int(skips.in_a_row)) if skips else (0, 0)
+        self._learning_rate = math.nan  # of the last step
+        self._save_failed = False  # the last one that was tried
+        self._measured: float | None = None  # its validation loss
         reports = run.read_metrics()
         self.val_losses = [report["val_loss"] for report in reports]
         self.tokens_per_s = reports[-1]["tokens_per_s"] if reports else 0.0
@@ -156,15 +175,19 @@ class Trainer:
         patience, to_come = self.config.patience, self.done < self.config.steps
         return bool(patience and to_come) and reports_without_gain(self.val_losses, self.config.min_delta) >= patience
 
-    def train(self, stop: list[int]) -> None:
-        """Dispatches steps until the last one, or until `stop` holds a signal; saves before it returns."""
+    def train(self, stop: list[int], warnings: list[int]) -> None:
+        """Dispatches steps until the last one, or until it is to stop; saves before it returns.
+
+        Args:
+            stop, warnings: the signals received so far. Warnings that do not stop the training are taken out.
+        """
         config = self.config
         if not self.complete:
             self.state, _ = self.executor.train_steps(self.state, self.task.loader.take(self.done, 0), 0)  # compiles
         self._call("on_train_begin", self.done, config.steps)
         seconds_all = seconds = 0.0  # of dispatches: in this process, and since the last report
         done_first = done_reported = self.done
-        while not self.complete and not stop:
+        while not self.complete and not self._is_to_stop(stop, warnings):
             self._call_periodic()
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
@@ -185,16 +208,18 @@ class Trainer:
             # The state at an early stop is saved too: a run killed after it has nothing to train again.
             if self._is_due(config.checkpoint_every) or val_loss < best or self.stopped_early:
                 self._save(val_loss)
-        if stop and self.done > done_first:
+            if warnings and not self._is_to_stop(stop, warnings):
+                self._save_and_go_on(warnings)
+        if not self.complete and self.done > done_first:
             self._save()
         for callback in self._periodic:
             if callback.at_end and self.complete:
-                callback.on_step(self.state, self.done)
-        checkpoint.wait(self.checkpoints)
+                self._may_print(callback.on_step, self.state, self.done)
+        self._finish_saves()
         self._call("on_train_end", self.done)
 
     def finish(self) -> None:
-        """Evaluates the result and writes summary.json, last of all: its presence says that the run is complete."""
+        """Evaluates the result and writes summary.json and the manifest of the finished run."""
         config, run = self.config, self.run
         early = {"stopped_early": self._restore_best()} if self.stopped_early else {}
         figures, text = self.task.finish(self.state.params)
@@ -202,6 +227,7 @@ class Trainer:
             "params": sum(p.size for p in self.state.params.values()),
             "steps": self.done,
             **early,
+            **self._skipped(),
             **figures,
             "tokens_per_s": self.tokens_per_s,
             "first_step_s": self.first_step_s,
@@ -211,7 +237,8 @@ class Trainer:
             "versions": versions(),
             "data_sha256": run.data_sha256,
         }
-        run_dir.write_json(run.path / "summary.json", summary)
+        files.write_json(run.path / "summary.json", summary)
+        run.finish(self.done)
         self.say(text)
         self.say(
             f"{summary['params']:,} parameters, {self.done} steps in {summary['wall_s']:.0f} s "
@@ -220,37 +247,62 @@ class Trainer:
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(*args)
+            self._may_print(getattr(callback, hook), *args)
+
+    def _may_print(self, function: Callable[..., Any], *args: Any) -> None:
+        """Calls what may print. Output that is lost stops the training as a signal does: after a save."""
+        try:
+            function(*args)
+        except (BrokenPipeError, OutputError) as e:
+            self.lost_output = self.lost_output or e
+
+    def _is_to_stop(self, stop: list[int], warnings: list[int]) -> bool:
+        warned = warnings and self.policy.on_warning_signal == "stop"
+        return bool(stop or warned or self.lost_output)
+
+    def _save_and_go_on(self, warnings: list[int]) -> None:
+        """Saves for the warnings received so far; one that arrives meanwhile is for the next call."""
+        names = " and ".join(signal.Signals(warnings.pop(0)).name for _ in range(len(warnings)))
+        self._save()
+        if not self._save_failed and self._tried(self.checkpoints.wait):
+            line = f"{names}: saved after {self.done} of {self.config.steps} steps; training goes on"
+            self._may_print(self.say, line)
 
     def _call_periodic(self) -> None:
         """Calls `on_step` where it is due. Its time is no part of the time to the first step."""
         begun = time.perf_counter()
         for callback in self._periodic:
             if self.done % callback.every == 0:
-                callback.on_step(self.state, self.done)
+                self._may_print(callback.on_step, self.state, self.done)
         self._process_started += time.perf_counter() - begun
 
     def _restored_state(self) -> TrainState:
-        """The last checkpoint's state, else the initial one, on the devices."""
-        step = checkpoint.pick_step(self.checkpoints, "last")
-        if step is None:
+        """The last sound checkpoint's state, else the initial one, on the devices; the records end where it does."""
+        state = self.checkpoints.restore_last(self.executor.abstract_state, self.say, records=True)
+        if state is None:
             # Only here: a restore may find that there is nothing left to train, or nothing it can read.
             self.executor.compile_ahead(self.task.loader.take(0, 0))
+            self.run.rewind(0, None)
             return self._first_state()
+        step = int(state.step)
         self.say(f"resuming after {step} of {self.config.steps} steps")
-        remedy = "remove this folder to go on from the one before it"
-        return checkpoint.restore(self.checkpoints, self.executor.abstract_state(), step, remedy)
+        self.checkpoints.go_on_from(step, self.say)
+        written = self.checkpoints.manifest(step)
+        self.run.rewind(step, written.records if written else None)
+        return state
 
     def _restore_best(self) -> dict[str, Any]:
         """Makes the best checkpoint's state the run's result; returns what summary.json says of the early stop."""
         config = self.config
-        best = checkpoint.pick_step(self.checkpoints, "best")
+        best = self.checkpoints.best_step()
         assert best is not None, "every improvement was saved"
-        self.state = checkpoint.restore(self.checkpoints, self.executor.abstract_state(), best, "start again")
+        self.state = self.checkpoints.restore(best, self.executor.abstract_state())
+        written = self.checkpoints.manifest(best)
+        val_loss = min(self.val_losses) if written is None or written.val_loss is None else written.val_loss
         by = f" by more than {config.min_delta:g}" if config.min_delta else ""
         self.say(
             f"stopped early after {self.done} of {config.steps} steps: validation loss has not fallen{by} for "
-            f"{config.patience} reports; the result is the best, {min(self.val_losses):.4f} after {best} steps"
+            f"{config.patience} reports; the result is the best, {val_loss:.4f} after {best} steps"
         )
         return {"patience": config.patience, "min_delta": config.min_delta, "best_step": best}
 
@@ -282,19 +334,42 @@ class Trainer:
         return every - (self.done - (not by_epoch)) % every
 
     def _record(self, metrics: np.ndarray) -> None:
-        """Counts and records the steps of a dispatch. Raises `LossNotFinite` at the first loss that is not finite."""
-        rows = []
-        for loss, grad_norm in metrics.tolist():
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        """Counts and records the steps of a dispatch.
+
+        Raises `LossNotFinite` at the first loss that is not finite, or with --on-nonfinite skip or --skip-spikes at the
+        fifth update skipped in a row.
+        """
+        rows, lines = [], []
+        for loss, grad_norm, *skipped in metrics.tolist():
+            what = f"step {self.done}: loss {loss}, gradient norm {grad_norm}"
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if not finite and self.config.on_nonfinite == "stop":
                 self.run.append_steps(rows)
-                raise self._not_finite(f"step {self.done}: loss {loss}, gradient norm {grad_norm}")
-            rows.append((self.done, loss, grad_norm, learning_rate(self.config, self.done)))
+                raise self._not_finite(what)
+            # The schedule counts the updates applied: of a skipped one this is the rate that it would have had.
+            self._learning_rate = learning_rate(self.config, self.done - self.skipped_steps)
+            rows.append((self.done, loss, grad_norm, self._learning_rate))
             self.done += 1
+            if any(skipped):
+                self.skipped_steps += 1
+                self._skipped_in_a_row += 1
+                lines.append(f"{what}; update skipped")
+            else:
+                self._skipped_in_a_row = 0
+            if self._skipped_in_a_row == MAX_SKIPPED:
+                self.run.append_steps(rows)
+                raise self._not_finite(f"{what}, the {MAX_SKIPPED}th update skipped in a row")
         self.run.append_steps(rows)
+        for line in lines:
+            self._may_print(self.say, line)
+
+    def _skipped(self) -> dict[str, int]:
+        """What reports and summary.json say of skipped updates, where there may be any."""
+        return {"skipped_steps": self.skipped_steps} if self.config.skips_updates else {}
 
     def _report(self, metrics: np.ndarray, tokens_per_s: float) -> float:
         """Validates, and reports the step just done; returns the validation loss."""
-        loss, grad_norm = metrics.tolist()
+        loss, grad_norm = metrics.tolist()[:2]
         figures = self._validated()
         epoch = {"epoch": self.done / self.task.steps_per_epoch} if self.task.steps_per_epoch else {}
         report = {
@@ -302,8 +377,9 @@ class Trainer:
             **epoch,
             "train_loss": loss,
             **figures,
-            "lr": learning_rate(self.config, self.done - 1),
+            "lr": self._learning_rate,
             "grad_norm": grad_norm,
+            **self._skipped(),
             "tokens_per_s": tokens_per_s,
             "elapsed_s": time.perf_counter() - self.started,
         }
@@ -320,20 +396,68 @@ class Trainer:
         return figures
 
     def _save(self, val_loss: float = math.inf) -> None:
-        """Saves the state, with its validation loss if it was just measured."""
+        """Saves the state, with its validation loss if it was just measured.
+
+        Raises:
+            LossNotFinite: an update can overflow after a finite loss; such a state is never saved.
+            UserError: it could not be saved. With --on-save-error continue this is a line instead.
+        """
         if val_loss == math.inf:
-            self._validated(1)  # an update can overflow after a finite loss: such a state is never saved
-        self.run.flush()
-        checkpoint.save(self.checkpoints, self.state, val_loss if val_loss < math.inf else None)
+            self._validated(1)
+        self._require_finite_state()
+        self._measured = val_loss if val_loss < math.inf else None
+        if self.policy.on_save_error == "continue":
+            # A save in the background reports its failure at the next call, which would then not save.
+            self._tried(self.checkpoints.wait)
+        self._save_failed = not self._tried(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        self.checkpoints.save(self.state, self._measured, stopped_early=self.stopped_early)
+
+    def _finish_saves(self) -> None:
+        """Waits for the last save. One that failed is tried once more. Raises `UserError`."""
+        waited = self._tried(self.checkpoints.wait)
+        if self._save_failed or not waited:
+            self._write_checkpoint()
+            self.checkpoints.wait()
+
+    def _tried(self, save: Callable[[], None]) -> bool:
+        """Whether a part of a save succeeded.
+
+        A failure raises `UserError`, or with --on-save-error continue prints a line. Without any checkpoint there would
+        be nothing to resume from, so the first one has to succeed.
+        """
+        try:
+            save()
+        except UserError as e:
+            if self.policy.on_save_error == "stop" or not self.checkpoints.steps():
+                raise
+            self._may_print(self.say, f"not saved, training goes on: {e}")
+            return False
+        return True
+
+    def _require_finite_state(self) -> None:
+        """Raises `LossNotFinite` with the first of the state's arrays that holds NaN or infinity."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.state):
+            # On the host, to which the save copies the state anyway: a program for it would take a second to compile.
+            if not _all_finite(np.asarray(leaf)):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise self._not_finite(f"step {self.done - 1}: {name} is not finite after the update")
 
     def _not_finite(self, what: str) -> LossNotFinite:
-        checkpoint.wait(self.checkpoints)
-        step = checkpoint.pick_step(self.checkpoints, "last")
-        kept = f"the state after {step} steps is kept in {self.run.checkpoints}" if step else "no checkpoint yet"
+        self._tried(self.checkpoints.wait)
+        steps = self.checkpoints.steps()
+        kept = f"the state after {steps[-1]} steps is kept in {self.run.checkpoints}" if steps else "no checkpoint yet"
         return LossNotFinite(f"{what}; {kept}; try a lower --lr or --clip 1 in another --out-dir")
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.tokens_per_step
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether all values are finite: so they are if their sum is, which is one fast pass without a temporary array."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def reports_without_gain(val_losses: Sequence[float], min_delta: float) -> int:

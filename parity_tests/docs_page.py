@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import strict_json
 from jaxgpt.errors import UserError
-from jaxgpt.runs import run_dir
+from jaxgpt.runs import files
 from parity_tests.engine.harness import Row
 from parity_tests.engine.report import COLUMNS, MUTANT_COLUMNS, SURVIVES, cells, markdown, worst_rows
 from parity_tests.tolerances import TOLERANCES
@@ -103,7 +104,7 @@ def record(part: str, key: str, value: dict[str, Any]) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes whole or not at all. Raises `UserError` where it cannot."""
     try:
-        run_dir.write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        files.write_text(path, strict_json.dumps(values, indent=1) + "\n")
     except OSError as e:
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
         raise UserError(f"--json {path}: cannot be written ({e.strerror}); choose a writable place") from None

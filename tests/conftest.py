@@ -1,19 +1,19 @@
 """What the tests share: a text, a small configuration, and a way to run the commands as a user does."""
 
 import csv
-import io
+import json
 import os
 import random
 import subprocess
 import sys
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import TextIO
 
 import jax
+import numpy as np
 import pytest
+
+from tests.in_process import cli_runner
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,12 +36,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
-@pytest.fixture(scope="session")
-def text() -> str:
+def make_text() -> str:
     """Six thousand words of our own, with an accent and a character beyond the basic plane."""
     draw = random.Random(0)
     words = [draw.choice(["la", "ti", "mo", "né", "ru", "s", "ha"]) * draw.randint(1, 2) for _ in range(6000)]
     return " ".join(words) + " \U0001f600.\n"
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return make_text()
 
 
 @pytest.fixture(scope="session")
@@ -66,29 +70,7 @@ def cli(user_env):
     What a command sets for its whole process is put back. Whatever needs a process of its own (signals, kill, limits,
     another number of devices, a closed standard output) takes `command` or `start`.
     """
-    from jaxgpt.cli import main
-
-    def run(
-        *args: object, cwd: Path | None = None, stdin: str | TextIO = "", **env: str
-    ) -> subprocess.CompletedProcess:
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            for name in [name for name in os.environ if name not in user_env]:
-                patch.delenv(name)
-            for name, value in {**user_env, **env}.items():
-                patch.setenv(name, value)
-            if cwd is not None:
-                patch.chdir(cwd)
-            patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-            x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-            try:
-                code = main.run([str(arg) for arg in args])
-            finally:
-                jax.config.update("jax_enable_x64", x64)
-                jax.config.update("jax_default_matmul_precision", precision)
-        return CompletedProcess(args, code, out.getvalue(), err.getvalue())
-
-    return run
+    return cli_runner(user_env)
 
 
 @pytest.fixture(scope="session")
@@ -149,3 +131,24 @@ def read_state(run: Path, step: int) -> dict:
 
     with jax.enable_x64(True), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(run.absolute() / "checkpoints" / str(step) / "default")
+
+
+def recorded(out: Path) -> tuple[list, dict, dict]:
+    """All records of a run, but for times."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for m in metrics:
+        del m["tokens_per_s"], m["elapsed_s"]
+    summary = json.loads((out / "summary.json").read_text())
+    numbers = {k: summary[k] for k in ("params", "steps", "val_loss", "val_ppl", "val_tokens")}
+    names = ["steps.csv", "sample.txt", "diagnostics.jsonl", "samples.jsonl", "attention.gif"]
+    files = [out / name for name in names] + sorted((out / "attention").glob("*"))
+    return metrics, numbers, {file.name: file.read_bytes() for file in files if file.exists()}
+
+
+def assert_same(out: Path, whole: Path, steps: int) -> None:
+    """Asserts that two runs of that many steps have the same records and state, bit for bit."""
+    assert recorded(out) == recorded(whole)
+    ours, theirs = read_state(out, steps), read_state(whole, steps)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)

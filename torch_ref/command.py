@@ -17,7 +17,7 @@ from jaxgpt.config import UserError
 
 
 class LossNotFinite(ArithmeticError):
-    """Training diverged: a loss is NaN or infinite."""
+    """Training diverged: a loss is NaN or infinite, or five updates in a row were skipped."""
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -24,7 +24,7 @@ from jaxgpt.presets import PRESETS
 from torch_ref import command
 from torch_ref.datasets import few_shot, load_examples, make_tokenizer
 from torch_ref.model import GPT
-from torch_ref.train_step import apply, learning_rate, make_optimizer
+from torch_ref.train_step import SkippedUpdates, apply, learning_rate, make_optimizer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # token ids int64 [B, T] with padding, lengths [B], classes [B]
 
@@ -63,12 +63,18 @@ def train(
     config: FinetuneConfig,
     batches: Iterable[Batch],
     keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
+    skipped: SkippedUpdates | None = None,
 ) -> Iterator[float]:
-    """The training loop. Yields each step's loss, which is the loss before its update."""
+    """The training loop. Yields each step's loss, which is the loss before its update.
+
+    Args:
+        keep_of, skipped: as in `torch_ref.train.train`.
+    """
+    skipped = skipped or SkippedUpdates(config)
     for step, (idx_BT, length_B, label_B) in enumerate(batches):
         model.train()
         loss = F.cross_entropy(model(idx_BT, length_B, keep_of(step)), label_B)
-        yield apply(loss, model, optimizer, config, learning_rate(config, step))
+        yield apply(loss, model, optimizer, config, learning_rate(config, step - skipped.total), skipped=skipped)
 
 
 def epochs(data: Batch, config: FinetuneConfig, generator: torch.Generator) -> Iterator[Batch]:
@@ -129,7 +135,10 @@ def main() -> None:
     config = dataclasses.replace(flags, steps=flags.epochs * per_epoch)
     optimizer = make_optimizer(model, config)
     batches = epochs(train_data, config, torch.Generator().manual_seed(flags.seed))
-    for step, loss in enumerate(train(model, optimizer, config, batches), 1):
+    skipped = SkippedUpdates(config)
+    for step, loss in enumerate(train(model, optimizer, config, batches, skipped=skipped), 1):
+        if reason := skipped.reason_to_stop(loss):
+            raise command.LossNotFinite(f"step {step - 1}: {reason}")
         if step % per_epoch == 0:
             test_loss, accuracy = test(model, test_data, flags.batch_size)
             print(

@@ -28,7 +28,14 @@ from torch_ref import command
 from torch_ref.datasets import Tokenizer, load_corpus
 from torch_ref.generate import generate
 from torch_ref.model import GPT, exact, mean_loss
-from torch_ref.train_step import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, update
+from torch_ref.train_step import (
+    SkippedUpdates,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    update,
+)
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
 
@@ -83,6 +90,7 @@ def train(
     keep_of: Callable[[int], Sequence[Tensor] | None] = lambda step: None,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
     end_of_text: int | None = None,
+    skipped: SkippedUpdates | None = None,
 ) -> Iterator[tuple[int, float]]:
     """The training loop. Yields each step and its loss, which is the loss before the step's update.
 
@@ -90,12 +98,14 @@ def train(
         batch_of: the batch of a step.
         keep_of: the dropout masks of a step; None: torch draws them.
         clip, end_of_text: as in `update`.
+        skipped: decides which updates to skip; None makes one.
     """
+    skipped = skipped or SkippedUpdates(config)
     for step in steps:
         model.train()
         idx_BT, target_BT = batch_of(step)
-        lr = learning_rate(config, step)
-        yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip, end_of_text)
+        lr = learning_rate(config, step - skipped.total)
+        yield step, update(model, optimizer, config, lr, idx_BT, target_BT, keep_of(step), clip, end_of_text, skipped)
 
 
 @torch.no_grad()
@@ -186,10 +196,11 @@ def main() -> None:
     per_epoch = len(chunks(train_N, config.model.block_size)) // config.batch_size
     width, begun = len(str(config.steps - 1)), time.perf_counter()
     stopping, best = EarlyStopping(config.patience, config.min_delta), (math.inf, {})
-    steps = range(start, config.steps)
-    for step, loss in train(model, optimizer, config, lambda _: next(batches), steps, end_of_text=end_of_text):
-        if not math.isfinite(loss):
-            raise command.LossNotFinite(f"step {step}: loss {loss}; try a lower --lr or --clip 1")
+    steps, skipped = range(start, config.steps), SkippedUpdates(config)
+    rest = dict(end_of_text=end_of_text, skipped=skipped)
+    for step, loss in train(model, optimizer, config, lambda _: next(batches), steps, **rest):
+        if reason := skipped.reason_to_stop(loss):
+            raise command.LossNotFinite(f"step {step}: {reason}")
         due = step % config.eval_every == 0 if config.eval_every else (step + 1) % per_epoch == 0
         if due or step == config.steps - 1:
             some = islice(val_batches, config.eval_batches) if config.eval_batches else in_order(val_N, config)
@@ -197,7 +208,7 @@ def main() -> None:
             if config.eval_every:
                 print(f"step {step:0{width}d}  train {loss:.3f}  val {val_loss:.3f}", flush=True)
             else:
-                epoch, lr = (step + 1) / per_epoch, learning_rate(config, step)
+                epoch, lr = (step + 1) / per_epoch, optimizer.param_groups[0]["lr"]
                 print(
                     f"epoch {epoch:<4.3g} step {step:0{width}d}  lr {lr:.2e}  val_loss {val_loss:.4f}  "
                     f"val_ppl {math.exp(val_loss):.1f}",
@@ -217,7 +228,7 @@ def main() -> None:
     with exact(model):
         ids = list(generate(model, tokenizer.encode(prompt), sampling, generator=draw))
     print(f"---\n{prompt}{tokenizer.decode(ids)}\n---")
-    _save(flags, model, optimizer, config)
+    _save(flags, model, optimizer, config, config.steps - skipped.total)
 
 
 def _flags() -> ReferenceFlags:
@@ -287,12 +298,14 @@ def _load(flags: ReferenceFlags, model: GPT, optimizer: torch.optim.Optimizer, c
     return load_optimizer_tensors(model, optimizer, config, state)
 
 
-def _save(flags: ReferenceFlags, model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+def _save(
+    flags: ReferenceFlags, model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig, n_updates: int
+) -> None:
     files = {}
     if flags.out:
         files["--out"] = flags.out, model.state_dict()
     if flags.optimizer_state_out:
-        state = optimizer_tensors(model, optimizer, config, config.steps)
+        state = optimizer_tensors(model, optimizer, config, n_updates)
         files["--optimizer-state-out"] = flags.optimizer_state_out, state
     command.write_tensors(files)
 

@@ -30,7 +30,7 @@ def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0.
+    """The learning rate of a step, counted from 0; skipped updates are not counted.
 
     constant: lr. warmup-cosine: lr * step / warmup_steps, so 0 at step 0; then half a cosine from lr down to min_lr at
     step decay_steps (0: the last), and min_lr after. cosine: the same without warm-up.
@@ -46,6 +46,41 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
 
 
+class SkippedUpdates:
+    """Decides which updates to skip, by --on-nonfinite and --skip-spikes, and counts them.
+
+    The running mean of the gradient norms is ZClip's (arXiv:2504.02507): the plain mean of the first 25, and from then
+    on 0.97 mean + 0.03 norm. Of the first 25 none is compared, and the norm of a skipped update does not enter.
+    """
+
+    def __init__(self, config: OptimizerConfig):
+        self.config = config
+        self.applied = self.total = self.in_a_row = 0
+        self.norm_mean = 0.0
+
+    def skips(self, loss: Tensor, model: torch.nn.Module) -> bool:
+        """Whether to skip the update for a loss, after its backward pass and before the clip."""
+        if not self.config.skips_updates:
+            return False
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        finite = math.isfinite(loss.item()) and math.isfinite(norm)
+        factor = self.config.skip_spikes
+        spike = factor and self.applied >= 25 and norm > factor * self.norm_mean
+        if spike or (self.config.on_nonfinite == "skip" and not finite):
+            self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+            return True
+        weight = 1 / (self.applied + 1) if self.applied < 25 else 1 - 0.97
+        self.norm_mean += weight * (norm - self.norm_mean)
+        self.applied, self.in_a_row = self.applied + 1, 0
+        return False
+
+    def reason_to_stop(self, loss: float) -> str:
+        """Why training has to stop after a step of this loss; empty if it goes on."""
+        if self.config.on_nonfinite == "stop" and not math.isfinite(loss):
+            return f"loss {loss}; try a lower --lr or --clip 1"
+        return f"loss {loss}; the fifth update skipped in a row; try a lower --lr" if self.in_a_row == 5 else ""
+
+
 def update(
     model: GPT,
     optimizer: torch.optim.Optimizer,
@@ -56,6 +91,7 @@ def update(
     keep: Sequence[Tensor] | None = None,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
     end_of_text: int | None = None,
+    skipped: SkippedUpdates | None = None,
 ) -> float:
     """One training step of a language model; returns the loss before the update.
 
@@ -64,8 +100,9 @@ def update(
         idx_BT, target_BT: the batch, int64.
         keep, end_of_text: dropout masks and packed documents, as in `GPT.hidden`.
         clip: clips the gradients' global norm; by default PyTorch's function, which divides by norm + 1e-6.
+        skipped: as in `apply`.
     """
-    return apply(mean_loss(model, idx_BT, target_BT, keep, end_of_text), model, optimizer, config, lr, clip)
+    return apply(mean_loss(model, idx_BT, target_BT, keep, end_of_text), model, optimizer, config, lr, clip, skipped)
 
 
 def apply(
@@ -75,12 +112,19 @@ def apply(
     config: OptimizerConfig,
     lr: float,
     clip: Callable[[Iterable[Tensor], float], Any] = torch.nn.utils.clip_grad_norm_,
+    skipped: SkippedUpdates | None = None,
 ) -> float:
-    """Backward pass, clipping and optimiser step for a loss; returns the loss."""
+    """Backward pass, clipping and optimiser step for a loss; returns the loss.
+
+    Args:
+        skipped: decides whether parameters and optimiser state stay as they are; None: never.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
+    if skipped and skipped.skips(loss, model):
+        return loss.item()
     if config.clip:
         clip(model.parameters(), config.clip)
     optimizer.step()

@@ -1,7 +1,6 @@
 """The results of several runs that differ in chosen fields: their ranking as a table, as JSON, and as curves."""
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.errors import UserError, flag
-from jaxgpt.runs.run_dir import RunDir, open_run, write_json, write_text
+from jaxgpt.runs.files import read_json, write_json, write_text
+from jaxgpt.runs.run_dir import RunDir, open_run
 
 Status = Literal["finished", "diverged", "failed", "unfinished"]
 STATUS_ORDER: dict[Status, int] = {"finished": 0, "diverged": 1, "failed": 2, "unfinished": 3}  # in a table
@@ -56,9 +56,10 @@ class ComparedRun:
             best = best_report(reports)
             row |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
         if self.status == "finished":
-            summary = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
             names = ("val_loss", "val_ppl", "val_bits_per_byte", "params", "tokens_per_s", "wall_s")
-            row |= {name: summary[name] for name in names}
+            with contextlib.suppress(UserError, OSError, KeyError):  # a summary damaged since the run ended
+                summary = read_json(run.path / "summary.json", dict)
+                row |= {name: summary[name] for name in names}
         return row
 
 
@@ -105,7 +106,12 @@ class Comparison:
 def ranked(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
     """The rows of the runs, the best first; runs that did not finish come last."""
     key = ranked_by(runs)
-    return sorted((run.row() for run in runs), key=lambda row: (STATUS_ORDER[row["status"]], row.get(key, math.inf)))
+
+    def order(row: dict[str, Any]) -> tuple[int, float]:
+        figure = row.get(key)
+        return STATUS_ORDER[row["status"]], math.inf if figure is None else figure
+
+    return sorted((run.row() for run in runs), key=order)
 
 
 def ranked_by(runs: Sequence[ComparedRun]) -> str:
@@ -156,4 +162,7 @@ def table(rows: Sequence[dict[str, Any]], fields: Sequence[str], ranked_by: str)
 
 
 def _number(row: dict[str, Any], name: str, form: str) -> str:
-    return format(row[name], form) if name in row else ""
+    """A figure of a row, which may be missing; null stands for one beyond what a float can hold."""
+    if name not in row:
+        return ""
+    return "inf" if row[name] is None else format(row[name], form)

@@ -1,7 +1,6 @@
 """A graph of nodes and edges, its text in Graphviz' DOT language, and the picture of it. Imports no jax."""
 
 import itertools
-import os
 import shlex
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import graphviz
 
 from jaxgpt.data.files import atomic_replace
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, require_writable
 
 SUFFIXES = (".dot", ".svg", ".png")
 LAYOUT_SECONDS = 300.0
@@ -88,10 +87,7 @@ def require_output(out: Path) -> None:
     """Raises `UserError` if no graph can be written to `out`. Commands call this before they do the work."""
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--graph {out}: unknown kind of file; give a name that ends in {', '.join(SUFFIXES)}")
-    if not os.path.isdir(out.parent):
-        raise UserError(f"--graph {out}: no such folder; create it first")
-    if os.path.isdir(out) or not os.access(out.parent, os.W_OK) or len(os.fsencode(out.name)) > 240:
-        raise UserError(f"--graph {out}: cannot be written; choose another, shorter name in a writable folder")
+    require_writable("--graph", out)
 
 
 def write(out: Path, source: str) -> tuple[Path, str | None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxgpt.analysis.diagnostics import in_order
 from jaxgpt.config import ModelConfig
+from jaxgpt.memory import size_text
 from jaxgpt.parallel import Executor
 
 
@@ -44,14 +45,14 @@ def summary(executor: Executor, source: Any) -> str:
     flop = model.flop_per_token(multiplied)
     tokens = batch_size * model.block_size
     memory = executor.memory(source)
-    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items())
+    parts = ", ".join(f"{name} {size_text(n)}" for name, n in memory.items())
     return "\n".join(
         [
             *table,
             f"{total:,} parameters, {multiplied:,} of them multiplied by (N)",
             f"{flop['F12']:,} FLOP per token (6 N + 12 L T C), {flop['F6']:,} with attention's causal half alone; "
             f"a step of {tokens:,} tokens: {flop['F12'] * tokens / 1e9:,.3g} GFLOP",
-            f"memory on each device as the compiler plans it: {_bytes(sum(memory.values()))} ({parts}), beside what "
+            f"memory on each device as the compiler plans it: {size_text(sum(memory.values()))} ({parts}), beside what "
             "Python and JAX themselves take",
         ]
     )
@@ -67,11 +68,3 @@ def _layers(params: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.3g} {unit}" if unit != "B" else f"{n} B"
-        n /= 1000
-    raise AssertionError

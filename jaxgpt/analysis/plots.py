@@ -49,6 +49,7 @@ def learning_curves(
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     _set_title(figure, title)
+    steps = _finite(steps)
     at = [step + 1 for step, *_ in steps]
     loss = [row[1] for row in steps]
     left.plot(at, loss, color="tab:blue", alpha=0.25, linewidth=0.7, label="train, each batch")
@@ -62,7 +63,8 @@ def learning_curves(
     by_epoch = all("epoch" in report for report in reports)
     at = [report["epoch"] for report in reports] if by_epoch else reported_at
     metric = "val_accuracy" if any("val_accuracy" in report for report in reports) else "val_ppl"
-    finite = [(x, r[metric]) for x, r in zip(at, reports, strict=True) if math.isfinite(r[metric])]
+    values = [math.inf if report[metric] is None else report[metric] for report in reports]  # null: beyond a float
+    finite = [(x, y) for x, y in zip(at, values, strict=True) if math.isfinite(y)]
     right.plot([x for x, _ in finite], [y for _, y in finite], **marker)
     right.set(xlabel="epochs" if by_epoch else "updates")
     if by_epoch:
@@ -98,6 +100,7 @@ def comparison_curves(
     colors = (
         plt.get_cmap("tab10")(range(10)) if len(runs) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(runs)))
     )
+    runs = [(label, _finite(steps), reports) for label, steps, reports in runs]
     span = max(1, min(50, max(len(steps) for _, steps, _ in runs) // 10))
     shown: list[float] = []
     for color, (_, steps, reports) in zip(colors, runs, strict=False):
@@ -110,7 +113,7 @@ def comparison_curves(
         right.plot(at, val_loss, color=color, linewidth=1.2, marker="o", markersize=3.5)
         shown += mean + val_loss
     if shown:
-        top = min(max(shown), 1.1 * max(steps[0][1] for _, steps, _ in runs if steps))
+        top = min(max(shown), 1.1 * max((steps[0][1] for _, steps, _ in runs if steps), default=math.inf))
         margin = 0.04 * (top - min(shown)) or 1.0
         left.set_ylim(min(shown) - margin, top + margin)
     left.set(xlabel="updates", ylabel="cross-entropy, nats")
@@ -406,6 +409,11 @@ def _save_figure(figure: Any, path: Path) -> None:
         # tight: the labels of a square confusion matrix reach over the figure's edge
         figure.savefig(partial, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
+
+
+def _finite(steps: list[tuple[int, float, float, float]]) -> list[tuple[int, float, float, float]]:
+    """The rows of steps.csv without the losses of skipped updates that are not finite."""
+    return [row for row in steps if math.isfinite(row[1])]
 
 
 def _running_mean(values: list[float], span: int) -> list[float]:

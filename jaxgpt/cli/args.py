@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import jaxgpt
-from jaxgpt.config import TrainConfig
-from jaxgpt.errors import LossNotFinite, UserError
+from jaxgpt.config import FaultPolicy, TrainConfig
+from jaxgpt.environment import CheckedOutput, reason, require_device_count
+from jaxgpt.errors import DamagedRun, LossNotFinite, UserError
 from jaxgpt.presets import PRESETS
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -25,8 +26,8 @@ Flags = TypeVar("Flags")
 
 
 @dataclass(frozen=True)
-class TrainFlags(TrainConfig):
-    """The flags of `jaxgpt train`: a run's configuration, and where to read and write."""
+class TrainFlags(FaultPolicy, TrainConfig):
+    """The flags of `jaxgpt train`: a run's configuration, where to read and write, and what to do about faults."""
 
     out_dir: Path | None = None
     """Run folder (default: runs/<dataset>-<preset>-<time>). A run of the same configuration there is resumed."""
@@ -83,11 +84,52 @@ def parse_flags(flags: type[Flags], args: list[str], description: str | None, pr
     kwargs = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(flags, args=args, description=description, prog=prog, **kwargs)
+            registry = _number_registry()
+            return tyro.cli(flags, args=args, description=description, prog=prog, registry=registry, **kwargs)
     except SystemExit as e:
         if not e.code:
             raise
         raise UserError(_unframed(messages.getvalue())) from None
+
+
+def integer(text: str) -> int:
+    """A whole number in ASCII digits. Python's `int` also takes "1_000", " 7" and the digits of other scripts.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise ValueError(f"{text!r}: give a whole number, in at most 18 digits 0 to 9")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A number in ASCII digits, "inf" or "nan". Raises `ValueError` for another text, as `integer` does."""
+    if not re.fullmatch(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|inf|nan)", text):
+        raise ValueError(f"{text!r}: give a number, in digits 0 to 9")
+    return float(text)
+
+
+def _number_registry() -> Any:
+    """tyro's rules with `integer` and `number` in place of Python's `int` and `float`."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        parse = {int: integer, float: number}.get(type_info.type)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if parse is None:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=type_info.type.__name__.upper(),
+            instance_from_str=lambda args: parse(args[0]),
+            is_instance=lambda x: isinstance(x, int if parse is integer else int | float),
+            str_from_instance=lambda instance: [str(instance)],
+        )
+
+    return registry
 
 
 def import_from_checkout(module: str) -> ModuleType:
@@ -110,35 +152,45 @@ def import_from_checkout(module: str) -> ModuleType:
 def exit_code(main: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code.
 
-    The code is 2 for a `UserError` and 3 for a `LossNotFinite`, each printed as one line to standard error; 141 if the
-    reader of standard output has gone.
+    The code is 2 for a `UserError` and for what the system refuses (memory, descriptors, a place to write), 3 for a
+    `LossNotFinite` and 4 for a `DamagedRun`, each printed as one line to standard error; 141 if the reader of standard
+    output has gone.
     """
-    if sys.stdout is None:  # the parent process has closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    # The parent process may have closed either.
+    sys.stdout = open(os.devnull, "w") if sys.stdout is None else sys.stdout  # noqa: SIM115
+    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a text
     try:
-        given = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-        if not re.fullmatch("[0-9]{1,4}", given) or int(given) < 1:
-            raise UserError(f"JAX_NUM_CPU_DEVICES={given}: give a number of devices from 1 on, or unset it")
-        require_sound_jaxlib()
-        code = main() or 0
-        sys.stdout.flush()
-    except SystemExit as e:  # from --help
-        return e.code if isinstance(e.code, int) else 0
+        with contextlib.redirect_stdout(CheckedOutput(sys.stdout)):
+            try:
+                require_device_count()
+                require_sound_jaxlib()
+                code = main() or 0
+            except SystemExit as e:  # from --help
+                code = e.code if isinstance(e.code, int) else 0
+            sys.stdout.flush()
+    except DamagedRun as e:
+        code = print_error(e, 4)
     except UserError as e:
         code = print_error(e, 2)
     except LossNotFinite as e:
         code = print_error(e, 3)
     except BrokenPipeError:  # as in `jaxgpt generate RUN | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception as e:
+        if not (message := reason(e)):
+            raise
+        code = print_error(message, 2)
+    with contextlib.suppress(OSError, UserError):  # what an error left behind; the interpreter would print a failure
+        CheckedOutput(sys.stdout).flush()
     return code
 
 
 def print_error(message: object, code: int) -> int:
     """Prints an error as one line to standard error. Returns `code`."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # standard error has gone as well
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return code
 
 

@@ -5,14 +5,15 @@ other, and while one computes the others wait. Their losses are compared, so tha
 """
 
 import argparse
-import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-from jaxgpt.cli.args import import_from_checkout
-from jaxgpt.errors import UserError
+from jaxgpt import strict_json
+from jaxgpt.cli.args import import_from_checkout, integer, number
+from jaxgpt.errors import UserError, require_writable
 from jaxgpt.presets import BENCHMARKS, PRESETS
 
 IMPLEMENTATIONS = {
@@ -47,7 +48,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         "minigpt,nanogpt-cpu)",
     )
     p.add_argument("--growth", action="store_true", help="the step with T, C and L halved and doubled")
-    p.add_argument("--loop", type=int, default=None, metavar="N", help="N steps of scripts/train.py over its bare step")
+    p.add_argument(
+        "--loop", type=integer, default=None, metavar="N", help="N steps of scripts/train.py over its bare step"
+    )
     p.add_argument(
         "--tune-cpu",
         action="store_true",
@@ -61,12 +64,12 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     )
     p.add_argument(
         "--rounds",
-        type=int,
+        type=integer,
         default=None,
         help="how often each is measured (default: 12; with --tune-cpu 6); the median counts",
     )
-    p.add_argument("--turn-seconds", type=float, default=1.0, help="about how long each is measured in a round")
-    p.add_argument("--batch-size", type=int, default=None, help="other than the preset's")
+    p.add_argument("--turn-seconds", type=number, default=1.0, help="about how long each is measured in a round")
+    p.add_argument("--batch-size", type=integer, default=None, help="other than the preset's")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
     p.add_argument("--torch-python", type=Path, default=None, help="interpreter that has PyTorch, if not this one")
     p.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
@@ -107,11 +110,11 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError("--rounds, --turn-seconds, --batch-size: give numbers above 0")
     for name, suffix in (("json", ".json"), ("picture", ".png")):
         path = getattr(flags, name)
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"--{name} {path}: no such folder; create it first")
-        if path and (path.is_dir() or path.suffix != suffix):
-            raise UserError(f"--{name} {path}: give the name of a file that ends in {suffix}")
-    if flags.torch_python and not flags.torch_python.is_file():
+        if path:
+            require_writable(f"--{name}", path)
+            if path.suffix != suffix:
+                raise UserError(f"--{name} {path}: give the name of a file that ends in {suffix}")
+    if flags.torch_python and not os.path.isfile(flags.torch_python):
         raise UserError(f"--torch-python {flags.torch_python}: no such file; give the path of a Python interpreter")
 
 
@@ -135,7 +138,7 @@ def tune(flags: argparse.Namespace) -> None:
     result = tune_cpu.measure(flags.preset, flags)
     tune_cpu.show(result)
     if flags.json:
-        flags.json.write_text(json.dumps(result, indent=1) + "\n")
+        flags.json.write_text(strict_json.dumps(result, indent=1) + "\n")
 
 
 def measure_presets(flags: argparse.Namespace) -> None:
@@ -156,7 +159,7 @@ def measure_presets(flags: argparse.Namespace) -> None:
         results.append(mode.measure(preset, flags))
         mode.show(results[-1])
         if flags.json:
-            flags.json.write_text(json.dumps(results, indent=1) + "\n")
+            flags.json.write_text(strict_json.dumps(results, indent=1) + "\n")
         if flags.picture:
             (page.draw_scaling if flags.growth else page.draw_steps)(results, flags.picture)
         if flags.docs:

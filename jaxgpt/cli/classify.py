@@ -3,7 +3,6 @@
 Without texts on the command line, each line of standard input is a text.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxgpt import strict_json
 from jaxgpt.cli.args import parse_flags
 from jaxgpt.errors import UserError
 
@@ -52,6 +52,6 @@ def main(args: list[str]) -> None:
         if flags.json:
             probabilities = dict(zip(run.labels, map(float, probability_K), strict=True))
             found = {"text": text, "label": run.labels[best], "probability": float(probability_K[best])}
-            print(json.dumps(found | {"probabilities": probabilities}))
+            print(strict_json.dumps(found | {"probabilities": probabilities}))
         else:
             print(f"{run.labels[best]}  {probability_K[best]:.4f}  {text}", flush=True)

@@ -19,7 +19,14 @@ from typing import Any
 from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import UserError, flag
-from jaxgpt.signals import STOP_SIGNALS, handle_stop_signals
+from jaxgpt.signals import (
+    STOP_SIGNALS,
+    WARNING_SIGNALS,
+    exit_code,
+    handle_stop_signals,
+    handle_warning_signals,
+    warning_signals_held,
+)
 
 MAX_RUNS = 64
 WITH_COMMAS = ("dataset", "text_column", "prompt")  # a comma there is part of one value
@@ -72,8 +79,8 @@ def main(args: list[str]) -> int:
     crashes or exhausts the memory must not end the others.
 
     Returns:
-        The exit code: 0 if at least one run finished and none failed, 3 if all diverged, 128 + the signal that stopped
-        the command, else the exit code of the first run that failed.
+        The exit code: 0 if at least one run finished and none failed, or a warning signal stopped the command; 3 if all
+        diverged, 128 + the stop signal, else the exit code of the first run that failed.
 
     Raises:
         UserError: before anything is written; or the first run is refused, because then most of them are.
@@ -85,6 +92,7 @@ def main(args: list[str]) -> int:
     # Imported here, because it imports jax: after everything that can be refused without it.
     from jaxgpt.analysis.comparison import ComparedRun, Comparison
     from jaxgpt.runs.run_dir import default_run_dir
+    from jaxgpt.runs.status import run_status
 
     dataset = _resolve_dataset(flags, variants)
     out = flags.out_dir or default_run_dir("compare", flags.preset)
@@ -96,7 +104,9 @@ def main(args: list[str]) -> int:
             print(f"=== {number} of {len(variants)}: {variant.label}", flush=True)
             command = [*TRAIN_COMMAND, *variant.args, "--dataset", dataset, "--out-dir", str(run.path)]
             code, error = process.run(command)
-            if code in STOPPED or process.signals and code:
+            stops = [n for n in process.signals if n not in WARNING_SIGNALS or flags.on_warning_signal == "stop"]
+            stopped_by_warning = code == 0 and run_status(run.path).state != "finished"
+            if code in STOPPED or stops and code or stopped_by_warning:
                 return _report_stop(comparison, flags.overwrite, code)
             if code == REFUSED and number == 1:
                 raise UserError(error or "jaxgpt train was refused; its lines say why")
@@ -111,8 +121,8 @@ def main(args: list[str]) -> int:
                 print(f"error: {run.label}: {run.error}", file=sys.stderr, flush=True)
                 failures.append(code)
             comparison.record()
-            if process.signals and number < len(variants):
-                return _report_stop(comparison, flags.overwrite, 128 + process.signals[0])
+            if stops and number < len(variants):
+                return _report_stop(comparison, flags.overwrite, exit_code(stops))
     print(f"\n{comparison.report()}\nall in {out}", flush=True)
     if failures:
         return failures[0]
@@ -249,7 +259,7 @@ def _report_stop(comparison: Any, overwrite: bool, code: int) -> int:
 
 
 class TrainingProcess:
-    """Runs training commands, one at a time; forwards SIGINT, SIGTERM and SIGHUP to the one that is running.
+    """Runs training commands, one at a time; forwards stop and warning signals to the one that is running.
 
     Each command has a session of its own. A terminal sends Ctrl-C to its whole session, and a run that received the
     signal twice, from there and from here, would end without saving.
@@ -262,7 +272,7 @@ class TrainingProcess:
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "TrainingProcess":
-        self._previous_handlers = handle_stop_signals(self._handle)
+        self._previous_handlers = handle_stop_signals(self._handle) | handle_warning_signals(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,15 +290,17 @@ class TrainingProcess:
             passed through.
         """
         error = ""
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        with warning_signals_held():
+            self._process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
         self._forward_signals()  # those that came while the process was started
         assert self._process.stderr
-        for line in self._process.stderr:
-            if line.startswith(b"error: "):
-                error = line.decode(errors="replace").removeprefix("error: ").strip()
-            else:
-                sys.stderr.buffer.write(line)
-                sys.stderr.flush()
+        with self._process.stderr as lines:
+            for line in lines:
+                if line.startswith(b"error: "):
+                    error = line.decode(errors="replace").removeprefix("error: ").strip()
+                else:
+                    sys.stderr.buffer.write(line)
+                    sys.stderr.flush()
         code = self._process.wait()
         self._process = None  # a signal from here on is for the next command
         return code if code >= 0 else 128 - code, error

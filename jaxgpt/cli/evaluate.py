@@ -1,12 +1,12 @@
 """Compute the loss and perplexity of a run over a whole split of its data: jaxgpt evaluate RUN"""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from jaxgpt import strict_json
 from jaxgpt.cli.args import parse_flags
 from jaxgpt.errors import UserError
 
@@ -43,7 +43,7 @@ def main(args: list[str]) -> None:
     whole = whole_split_loss(executor, state.params, tokens_N, run.tokenizer, flags.stride, print_progress)
     ppl, bpb = perplexity(whole.loss), whole.bits_per_byte
     if flags.json:
-        print(json.dumps({"loss": whole.loss, "ppl": ppl, "tokens": whole.tokens, "bits_per_byte": bpb}))
+        print(strict_json.dumps({"loss": whole.loss, "ppl": ppl, "tokens": whole.tokens, "bits_per_byte": bpb}))
     else:
         stride = f" at stride {flags.stride}" if flags.stride else ""
         print(

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxgpt.cli.args import parse_flags
-from jaxgpt.config import FinetuneConfig, ModelConfig
+from jaxgpt.config import FaultPolicy, FinetuneConfig, ModelConfig
+from jaxgpt.signals import warning_signals
 
 
 @dataclass(frozen=True)
-class FinetuneFlags(FinetuneConfig):
+class FinetuneFlags(FaultPolicy, FinetuneConfig):
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a language model's run: the classifier starts from its weights, and takes its model and tokenizer."""
     checkpoint: Literal["result", "last", "best"] = "result"
@@ -33,6 +34,11 @@ def main(args: list[str], started: float | None = None) -> int:
     """Runs the command; `started` is `time.perf_counter()` at its start."""
     started = time.perf_counter() if started is None else started
     flags = parse_flags(FinetuneFlags, args, __doc__, "jaxgpt finetune")
+    with warning_signals():
+        return _finetune(flags, started)
+
+
+def _finetune(flags: FinetuneFlags, started: float) -> int:
     config = FinetuneConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(FinetuneConfig)})
     from jaxgpt.data.corpora import path_of
     from jaxgpt.data.labeled import load_labeled
@@ -44,4 +50,4 @@ def main(args: list[str], started: float | None = None) -> int:
 
     test = config.test_dataset and f"file:{path_of(config.test_dataset).resolve()}"
     config = dataclasses.replace(config, dataset=data.name, test_dataset=test)
-    return finetune(flags.run, flags.checkpoint, config, data, flags.out_dir, flags.overwrite, display, started)
+    return finetune(flags.run, flags.checkpoint, config, data, flags.out_dir, flags.overwrite, display, started, flags)

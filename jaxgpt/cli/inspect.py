@@ -11,7 +11,7 @@ import tyro
 
 from jaxgpt.analysis.dot import require_output
 from jaxgpt.cli.args import parse_flags
-from jaxgpt.errors import UserError, require
+from jaxgpt.errors import UserError, require, require_writable
 
 if TYPE_CHECKING:  # modules that import jax are imported after the flags are checked
     from jaxgpt.runs.restore import RestoredRun
@@ -60,10 +60,8 @@ class InspectFlags:
             require(self.level == "block", "level", self.level, "has an effect only with --graph; leave it out")
         if self.out and self.out.suffix.lower() != ".png":
             raise UserError(f"--out {self.out}: a picture is written as .png; name it so")
-        if self.out and (self.out.is_dir() or len(self.out.name) > 200):
-            raise UserError(f"--out {self.out}: no place for a picture; choose another name")
-        if self.out and not self.out.absolute().parent.is_dir():
-            raise UserError(f"--out {self.out}: its folder does not exist; make it, or choose another")
+        if self.out:
+            require_writable("--out", self.out)
         needless = self.data_dir and not self.gradients
         require(not needless, "data_dir", self.data_dir, "has an effect only with --gradients; leave it out")
 

@@ -12,6 +12,7 @@ from typing import NoReturn  # noqa: E402
 
 from jaxgpt import __version__  # noqa: E402
 from jaxgpt.cli.args import exit_code, print_error  # noqa: E402
+from jaxgpt.environment import require_usable  # noqa: E402
 from jaxgpt.errors import UserError  # noqa: E402
 
 COMMANDS = {
@@ -54,6 +55,9 @@ def _run_and_exit(args: list[str]) -> NoReturn:
 
 
 def _dispatch(args: list[str]) -> int | None:
+    for before, word in zip(["jaxgpt", *args], args, strict=False):
+        if "\0" in word:  # no shell can give one, and no file can have such a name
+            raise UserError(f"{before} {word!r}: holds a NUL character; leave it out")
     command, rest = (args[0], args[1:]) if args else ("", [])
     if not command:
         print(_usage(), file=sys.stderr)
@@ -68,6 +72,8 @@ def _dispatch(args: list[str]) -> int | None:
         near = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them"
         raise UserError(f"jaxgpt {command}: unknown command; choose of {', '.join(COMMANDS)}; {hint}")
+    if not {"-h", "--help"} & set(rest):
+        require_usable()
     module = importlib.import_module(f"jaxgpt.cli.{command}")
     if command in ("train", "finetune"):
         return module.main(rest, STARTED)

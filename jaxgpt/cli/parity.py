@@ -1,13 +1,12 @@
 """Hold this machine's JAX side against PyTorch, check by check: python scripts/parity.py"""
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jaxgpt.cli.args import import_from_checkout, parse_flags
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, require_writable
 from jaxgpt.presets import PRESETS
 
 
@@ -57,12 +56,10 @@ class ParityFlags:
             raise UserError(
                 "--docs: the page shows the whole suite, --mutants and --end-to-end; leave out what goes with it"
             )
-        if self.json and not self.json.parent.is_dir():
-            raise UserError(f"--json {self.json}: no such folder; create it first")
-        if self.json and (self.json.is_dir() or not os.access(self.json.parent, os.W_OK)):
-            raise UserError(f"--json {self.json}: cannot be written; give a file in a writable folder")
-        if self.json and self.json.suffix == ".png":
-            raise UserError(f"--json {self.json}: the picture beside it would have the same name; end it in .json")
+        if self.json:
+            require_writable("--json", self.json)
+            if self.json.suffix == ".png":
+                raise UserError(f"--json {self.json}: the picture beside it would have the same name; end it in .json")
         if self.end_to_end and self.end_to_end not in PRESETS:
             raise UserError(f"--end-to-end {self.end_to_end}: unknown preset; choose of {', '.join(PRESETS)}")
 

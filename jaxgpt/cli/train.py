@@ -3,13 +3,19 @@
 import dataclasses
 import time
 
-from jaxgpt.cli.args import config_of, parse_train_flags
+from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
+from jaxgpt.signals import warning_signals
 
 
 def main(args: list[str], started: float | None = None) -> int:
     """Runs the command; `started` is `time.perf_counter()` at its start."""
     started = time.perf_counter() if started is None else started
     flags = parse_train_flags(args, __doc__, "jaxgpt train")
+    with warning_signals():
+        return _train(flags, started)
+
+
+def _train(flags: TrainFlags, started: float) -> int:
     # Imported here, and jax last: bad flags and missing data are reported without waiting for these imports.
     from jaxgpt.data.corpora import load_corpus
     from jaxgpt.progress import ProgressDisplay
@@ -22,4 +28,4 @@ def main(args: list[str], started: float | None = None) -> int:
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
     rest = (display, started, flags.data_dir, flags.loader, flags.summary)
-    return train(config, corpus, flags.out_dir, flags.overwrite, *rest)
+    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags)

@@ -1,11 +1,13 @@
 """Data files: where they are searched for, verified downloads, streamed reading, atomic writing."""
 
 import contextlib
+import errno
 import hashlib
 import mmap
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -15,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import platformdirs
@@ -72,6 +74,44 @@ def data_folders(data_dir: Path | None) -> list[Path]:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+class NotRegular(OSError):
+    """A FIFO, a device or a socket where a file should be: reading it might never end."""
+
+    def __init__(self, path: Path):
+        super().__init__(errno.EINVAL, "a pipe or a device, not a regular file", str(path))
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open for reading. Unlike `open`, it does not wait for the other end of a FIFO.
+
+    Raises:
+        NotRegular: the path is, or links to, something else than a file.
+        OSError: the file cannot be opened.
+    """
+    f = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(f).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise NotRegular(path)
+        return os.fdopen(f, "rb")  # refuses a folder
+    except BaseException:
+        os.close(f)
+        raise
+
+
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file that has at most `max_bytes`. Raises what `open_regular` raises.
+
+    Raises:
+        OSError: the file has more.
+    """
+    with open_regular(path) as f:
+        data = f.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
+    return data
+
+
 def read_pieces(path: Path, option: str) -> Iterator[bytes]:
     """A file's bytes in order, at most `PIECE_BYTES` at a time.
 
@@ -83,13 +123,13 @@ def read_pieces(path: Path, option: str) -> Iterator[bytes]:
         UserError: the path is not a regular file, or it cannot be read.
     """
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{option}: a pipe or a device; give a regular file")
-        with path.open("rb") as f:
+        with open_regular(path) as f:
             while piece := f.read(PIECE_BYTES):
                 yield piece
     except (FileNotFoundError, ValueError):  # ValueError: the name contains a NUL
         raise NotAvailable(f"{option}: no such file; check the path") from None
+    except NotRegular:
+        raise UserError(f"{option}: a pipe or a device; give a regular file") from None
     except OSError as e:
         raise UserError(f"{option}: cannot be read ({e.strerror}); give a readable text file") from None
 
@@ -260,8 +300,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{path.name}-*"):
-        if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(abandoned, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(abandoned, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield partial
@@ -282,6 +323,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     If the block raises, it removes the temporary file. One process may write `path` at a time.
     """
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # a link there would be followed
     try:
         yield partial
         partial.replace(path)

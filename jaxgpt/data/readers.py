@@ -8,20 +8,30 @@ import codecs
 import contextlib
 import csv
 import difflib
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from jaxgpt.data.files import NotAvailable, read_pieces, unreachable_reason
+from jaxgpt.data.files import NotAvailable, NotRegular, open_regular, read_pieces, unreachable_reason
 from jaxgpt.errors import UserError
 
 Texts = Callable[[], Iterator[str]]  # each call starts a new pass over the texts
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 HUB = "https://huggingface.co"
 TABLE_ROWS = 1024  # rows of a Parquet file or a hub dataset in memory at a time
+PIECE_CHARS = 2**20
+LONGEST_PIECE = 2**22  # characters: a text without white space is cut there, which may split a token in two
+LONGEST_LINE = 2**28  # characters of a text in a line or a field: it is in memory whole
+# How much more text than its own size a Parquet file may hold. Compressors shrink prose to a quarter, source code to a
+# tenth and server logs to a fiftieth; a file far beyond that repeats itself, by accident or to fill a memory or a disk.
+PARQUET_FACTOR = 200
+OFFSET_BYTES = 4  # of Arrow, for each value of a column
+PARQUET_FLOOR = 2**26  # bytes of text that any Parquet file may hold: a small one may repeat a phrase as it likes
 
 # Matches up to the last place where a cut changes no token: after a visible character, before a line end or before a
 # single blank. GPT-2's pattern never joins a character with white space that follows it; it may join white space with
@@ -30,7 +40,7 @@ _CUT = re.compile(r"(?s:.*)\S(?=[\r\n]| \S)")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB refuses long texts
+csv.field_size_limit(LONGEST_LINE)  # the default limit of 128 KiB refuses long texts
 
 
 # ---------------------------------------------------------------------------------------------------------- text files
@@ -46,9 +56,17 @@ def text_pieces(path: Path, option: str) -> Iterator[str]:
         NotAvailable: there is no such file.
         UserError: the file is not UTF-8, or it cannot be read.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    uncut: list[str] = []  # decoded text since the last cut
-    last_char, n_read = "", 0  # of `uncut`; in bytes
+    yield from _cut_where_no_token_changes(_decoded(path, option))
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces of about a megabyte, which give the same tokens as the whole; see `LONGEST_PIECE`."""
+    return _cut_where_no_token_changes(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
+def _decoded(path: Path, option: str) -> Iterator[str]:
+    """A UTF-8 file's text, cut anywhere."""
+    decoder, n_read = codecs.getincrementaldecoder("utf-8")(), 0
     for piece in read_pieces(path, option):
         n_pending = len(decoder.getstate()[0])  # bytes of an incomplete character
         try:
@@ -56,16 +74,28 @@ def text_pieces(path: Path, option: str) -> Iterator[str]:
         except UnicodeDecodeError as e:
             raise _not_utf8(option, n_read - n_pending + e.start) from None
         n_read += len(piece)
-        if match := _CUT.match(last_char + text):
-            end = match.end() - len(last_char)
-            yield "".join(uncut) + text[:end]
-            uncut, text = [], text[end:]
-        uncut.append(text)
-        last_char = text[-1:] or last_char
+        yield text
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise _not_utf8(option, n_read - len(decoder.getstate()[0])) from None
+
+
+def _cut_where_no_token_changes(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, which follow each other, with their borders moved to places where a cut changes no token."""
+    uncut: list[str] = []  # since the last cut
+    last_char, n_uncut = "", 0  # of `uncut`
+    for text in texts:
+        if match := _CUT.match(last_char + text):
+            end = match.end() - len(last_char)
+            yield "".join(uncut) + text[:end]
+            uncut, n_uncut, text = [], 0, text[end:]
+        elif n_uncut + len(text) > LONGEST_PIECE:
+            yield "".join(uncut)
+            uncut, n_uncut = [], 0
+        uncut.append(text)
+        n_uncut += len(text)
+        last_char = text[-1:] or last_char
     if any(uncut):
         yield "".join(uncut)
 
@@ -77,14 +107,22 @@ def _not_utf8(option: str, position: int) -> UserError:
 def read_lines(path: Path, option: str) -> Iterator[str]:
     r"""The lines of a UTF-8 file, each with its `\n`. Raises what `text_pieces` raises."""
     unfinished: list[str] = []  # parts of the current line
+    number = 1
     for piece in text_pieces(path, option):
         *ends, rest = piece.split("\n")
         for end in ends:
             yield "".join(unfinished) + end + "\n"
             unfinished = []
+        number += len(ends)
         unfinished.append(rest)
+        if sum(map(len, unfinished)) > LONGEST_LINE:
+            raise _too_long(option, number)
     if any(unfinished):
         yield "".join(unfinished)
+
+
+def _too_long(option: str, number: int) -> UserError:
+    return UserError(f"{option}: line {number} has more than {LONGEST_LINE:,} characters; give a text a line")
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -100,12 +138,15 @@ def read_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple
         NotAvailable: there is no such file.
         UserError: a column is missing, or the file is not of the format of its suffix.
     """
-    if not os.path.isfile(path):
-        raise NotAvailable(f"{option}: no such file; check the path")
     suffix = path.suffix.lower()
     reader = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(suffix, _json_rows)
     try:
-        yield from reader(path, columns, option)
+        with open_regular(path) as f:
+            yield from reader(f, columns, option)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise NotAvailable(f"{option}: no such file; check the path") from None
+    except NotRegular:
+        raise UserError(f"{option}: a pipe or a device; give a regular file") from None
     except UnicodeDecodeError as e:
         raise _not_utf8(option, e.start) from None
     except (OSError, csv.Error) as e:
@@ -124,51 +165,114 @@ def require_columns(columns: Sequence[str], available: Sequence[str], option: st
             raise UserError(f"{option}: no column {column!r}; it has {has}{hint}")
 
 
-def _csv_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
-    with path.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f)
-        require_columns(columns, reader.fieldnames or [], option)
-        for row in reader:
-            # DictReader keeps extra fields under the key None. A trailing comma adds an empty one, which is harmless.
-            if any(row.get(None, ())):
-                raise UserError(
-                    f"{option}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
-                )
-            values = tuple(row[column] for column in columns)
-            if None in values:
-                raise UserError(f"{option}: line {reader.line_num} has fewer fields than the header; complete it")
-            yield values
+def _lines(file: IO[bytes], option: str, newline: str | None) -> Iterator[str]:
+    """The lines of a UTF-8 file, at most `LONGEST_LINE` each."""
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text:
+        for number in count(1):
+            line = text.readline(LONGEST_LINE)
+            if len(line) == LONGEST_LINE and line[-1] not in "\r\n":
+                raise _too_long(option, number)
+            if not line:
+                return
+            yield line
 
 
-def _json_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
-    with path.open(encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{option}: line {number} is not JSON ({e}); give one object a line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{option}: line {number} is no object; give one {{...}} a line")
-            require_columns(columns, list(row), f"{option}, line {number}")
-            values = tuple(row[column] for column in columns)
-            if "\\u" in line and any(isinstance(value, str) and _SURROGATE.search(value) for value in values):
-                raise UserError(f"{option}: line {number} holds half of a surrogate pair (\\ud800 to \\udfff); mend it")
-            yield values
+def _csv_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
+    reader = csv.DictReader(_lines(file, option, newline=""))
+    require_columns(columns, reader.fieldnames or [], option)
+    for row in reader:
+        # DictReader keeps extra fields under the key None. A trailing comma adds an empty one, which is harmless.
+        if any(row.get(None, ())):
+            raise UserError(
+                f"{option}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+            )
+        values = tuple(row[column] for column in columns)
+        if None in values:
+            raise UserError(f"{option}: line {reader.line_num} has fewer fields than the header; complete it")
+        yield values
 
 
-def _parquet_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
+def _json_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
+    for number, line in enumerate(_lines(file, option, newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{option}: line {number} is not JSON ({e}); give one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{option}: line {number} is no object; give one {{...}} a line")
+        require_columns(columns, list(row), f"{option}, line {number}")
+        values = tuple(row[column] for column in columns)
+        if "\\u" in line and any(isinstance(value, str) and _SURROGATE.search(value) for value in values):
+            raise UserError(f"{option}: line {number} holds half of a surrogate pair (\\ud800 to \\udfff); mend it")
+        yield values
+
+
+def _parquet_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
     import pyarrow
     from pyarrow import parquet
 
+    distinct, n_decoded = list(dict.fromkeys(columns)), 0
+    most = max(PARQUET_FLOOR, PARQUET_FACTOR * os.fstat(file.fileno()).st_size)
+    too_much = UserError(
+        f"{option}: more than {most:,} bytes of text, {PARQUET_FACTOR} times the file and more; give a file that does "
+        "not repeat itself so"
+    )
     try:
-        with parquet.ParquetFile(path) as file:
-            require_columns(columns, file.schema_arrow.names, option)
-            for batch in file.iter_batches(TABLE_ROWS, columns=list(dict.fromkeys(columns))):
-                yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+        with parquet.ParquetFile(file) as probe:
+            schema, stored = probe.schema_arrow, _stored_bytes(probe.metadata, len(distinct))
+            require_columns(columns, schema.names, option)
+        for name in distinct:
+            if pyarrow.types.is_nested(kind := schema.field(name).type):
+                raise UserError(f"{option}: the column {name!r} holds {kind}, not text; choose a column of texts")
+        if stored > most:  # before a page is decompressed
+            raise too_much
+        # A repeated text is stored once, in a dictionary. Where all fits, Arrow keeps it so: a batch of a thousand long
+        # texts that are one would be large. Of more data, each text is a small part.
+        as_stored = distinct if stored <= PARQUET_FLOOR else None
+        with parquet.ParquetFile(file, read_dictionary=as_stored) as table:
+            for batch in table.iter_batches(TABLE_ROWS, columns=distinct):
+                n_decoded += sum(map(_decoded_bytes, batch.columns))
+                if n_decoded > most:
+                    raise too_much
+                values = {name: _values(batch.column(name)) for name in distinct}
+                yield from zip(*(values[name] for name in columns), strict=True)
     except pyarrow.ArrowException as e:
-        raise UserError(f"{option}: cannot be read as parquet ({str(e).splitlines()[0]}); give a whole file") from None
+        reason = (str(e).splitlines() or [""])[0]
+        raise UserError(f"{option}: cannot be read as parquet ({reason}); give a whole file") from None
+
+
+def _stored_bytes(metadata: Any, n_columns: int) -> int:
+    """What the pages of all columns take once they are decompressed, and the ends of some columns' values in memory.
+
+    The sizes of single columns are there too, but pyarrow 26 aborts the process where their statistics are damaged.
+    """
+    pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return pages + OFFSET_BYTES * metadata.num_rows * n_columns
+
+
+def _decoded_bytes(column: Any) -> int:
+    """The memory that a column's values take, each of a dictionary as often as it occurs."""
+    import pyarrow
+    from pyarrow import compute
+
+    if not isinstance(column, pyarrow.DictionaryArray) or pyarrow.types.is_primitive(column.type.value_type):
+        return column.nbytes
+    length_K = compute.binary_length(column.dictionary)  # pyright: ignore[reportAttributeAccessIssue]
+    n_bytes = compute.sum(length_K.take(column.indices))  # pyright: ignore[reportAttributeAccessIssue]
+    return OFFSET_BYTES * len(column) + (n_bytes.as_py() or 0)
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """A column's values, one at a time; those of a dictionary are one object each."""
+    import pyarrow
+
+    if not isinstance(column, pyarrow.DictionaryArray):
+        return (value.as_py() for value in column)
+    used = column.indices.unique().drop_null()
+    value_of = dict(zip(used.to_pylist(), column.dictionary.take(used).to_pylist(), strict=True))
+    return (None if i is None else value_of[i] for i in column.indices.to_pylist())
 
 
 def join_columns(rows: Iterable[tuple[Any, ...]], option: str) -> Iterator[str]:

@@ -13,7 +13,6 @@ is written again. Axes: N tokens, D documents.
 import atexit
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -29,9 +28,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxgpt import strict_json
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.files import PIECE_BYTES, atomic_folder, cache_folder, drop_mapped_pages
+from jaxgpt.data.files import PIECE_BYTES, atomic_folder, cache_folder, drop_mapped_pages, open_regular, read_small
 from jaxgpt.data.readers import Texts
 from jaxgpt.data.tokenizer import Tokenizer, identity, make_tokenizer
 from jaxgpt.errors import UserError, flag
@@ -40,6 +40,8 @@ TRAIN_FRACTION = 0.9  # of a corpus without splits: the first 90 % train, the re
 MAX_UNCACHED_TOKENS = 2**22  # characters and bytes up to this number are tokenized faster than a file is checked
 MAX_CHECKED_BYTES = 2**30  # the checksum of a larger file is not verified at each start
 PROGRESS_SECONDS = 10.0
+MAX_INDEX_BYTES = 2**20
+TOKEN_DTYPES = ("|u1", "<u2", "<i4")  # of a file: those of `token_dtype`, little-endian
 FORMAT = 2  # of a folder of the cache; part of its name
 
 
@@ -212,7 +214,7 @@ def _cached_splits(
     corpus: Corpus, tokenizer: Tokenizer, min_chars: int, say: Callable[[str], None]
 ) -> dict[str, Split]:
     """The corpus' splits, from the cache or tokenized into it. Few characters or bytes stay in memory."""
-    key = json.dumps([FORMAT, corpus.sha256, identity(tokenizer), min_chars], sort_keys=True)
+    key = strict_json.dumps([FORMAT, corpus.sha256, identity(tokenizer.to_json()), min_chars], sort_keys=True)
     folder = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if (folder / "index.json").exists():
         try:
@@ -230,15 +232,16 @@ def _cached_splits(
         with atomic_folder(folder) as partial:
             _write_folder(partial, started, say)
     except OSError as e:
-        folder = Path(tempfile.mkdtemp(prefix="jaxgpt-tokens-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        say(f"{cache_folder()} cannot be written ({e.strerror}); keeping the tokens in {folder} until the end")
+        cache, folder = cache_folder(), None
         try:
+            folder = Path(tempfile.mkdtemp(prefix="jaxgpt-tokens-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            say(f"{cache} cannot be written ({e.strerror}); keeping the tokens in {folder} until the end")
             _write_folder(folder, encoders(), say)
         except OSError as e:
             raise UserError(
-                f"--dataset {corpus.name}: no room for its tokens in {folder} ({e.strerror}); make room, or set "
-                "XDG_CACHE_HOME to a folder that has it"
+                f"--dataset {corpus.name}: no room for its tokens in {folder or cache} ({e.strerror}); make room, or "
+                "set XDG_CACHE_HOME to a folder that has it"
             ) from None
     return _open_folder(folder, set(corpus.splits))
 
@@ -365,7 +368,7 @@ def _write_folder(folder: Path, encoders: dict[str, _SplitEncoder], say: Callabl
         np.save(ends, np.array(encoder.end_D, np.int64))
         entry = _IndexEntry(encoder.dtype.str, encoder.n_tokens, len(encoder.end_D), crc32, _crc32(ends))
         index[split] = vars(entry)
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(strict_json.dumps(index))
     for path in folder.iterdir():  # the content must be on the disk before the folder gets its name
         with path.open("rb") as f:
             os.fsync(f.fileno())
@@ -374,8 +377,13 @@ def _write_folder(folder: Path, encoders: dict[str, _SplitEncoder], say: Callabl
 def _open_folder(folder: Path, expected: set[str]) -> dict[str, Split]:
     """The memory-mapped splits of a folder. Raises ValueError, or what JSON and numpy raise, if it is damaged."""
     splits = {}
-    for split, values in json.loads((folder / "index.json").read_text()).items():
+    index = strict_json.loads(read_small(folder / "index.json", MAX_INDEX_BYTES))
+    if set(index) != expected:
+        raise ValueError(f"{folder}: other splits")
+    for split, values in index.items():
         entry, path, ends = _IndexEntry(**values), folder / f"{split}.bin", folder / f"{split}.ends.npy"
+        if entry.dtype not in TOKEN_DTYPES:
+            raise ValueError(f"{folder}: tokens of type {entry.dtype}")
         dtype, n_bytes = np.dtype(entry.dtype), path.stat().st_size
         if n_bytes != entry.n_tokens * dtype.itemsize:
             raise ValueError(f"{path}: wrong size")
@@ -384,14 +392,12 @@ def _open_folder(folder: Path, expected: set[str]) -> dict[str, Split]:
         if _crc32(ends) != entry.ends_crc32:
             raise ValueError(f"{ends}: wrong checksum")
         splits[split] = Split(np.memmap(path, dtype, "r"), np.load(ends))
-    if set(splits) != expected:
-        raise ValueError(f"{folder}: other splits")
     return splits
 
 
 def _crc32(path: Path) -> int:
     crc32 = 0
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         while piece := f.read(PIECE_BYTES):
             crc32 = zlib.crc32(piece, crc32)
     return crc32

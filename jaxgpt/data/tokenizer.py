@@ -12,22 +12,26 @@ Every run directory holds its tokenizer as JSON. Every tokenizer has
 
 import codecs
 import dataclasses
-import json
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxgpt import strict_json
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.files import RemoteFile, atomic_write, cache_folder, data_folders, find_or_download
+from jaxgpt.data.files import RemoteFile, atomic_write, cache_folder, data_folders, find_or_download, read_small
+from jaxgpt.data.readers import pieces_of
 from jaxgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENTED_PROMPT = "ROMEO:"
 LONGEST_WORD = 20_000  # characters of one kind in a row: the time to learn pairs from them grows with the square
+MAX_FILE_BYTES = 2**28  # of a tokenizer's JSON: a million byte pairs take a third of it
 LONGEST_BLANK = 100_000  # white-space characters in a row: tiktoken's patterns would exhaust the stack
 
 
@@ -161,7 +165,9 @@ class _BytePairTokenizer:
         _utf8(text)
         if _TOO_LONG_BLANK.search(text):
             raise UserError(f"the text holds a run of {LONGEST_BLANK:,} blanks; shorten it")
-        return np.array(self._encode_ordinary(text), np.int32)
+        # In pieces: `tokenizers` uses 200 bytes of memory for each byte of a text.
+        ids = [np.array(self._encode_ordinary(piece), np.int32) for piece in pieces_of(text)]
+        return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The characters that each id completes. Invalid bytes become U+FFFD."""
@@ -227,6 +233,8 @@ class BpeTokenizer(_BytePairTokenizer):
         tokenizer = tokenizers.Tokenizer.from_str(model)
         byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
         by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if [i for _, i in by_id] != list(range(len(by_id))):
+            raise ValueError("the ids of the tokens are not 0, 1, 2, ...")
         token_bytes = [bytes(byte_of[char] for char in token) for token, _ in by_id]
         super().__init__(token_bytes, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -253,7 +261,7 @@ class BpeTokenizer(_BytePairTokenizer):
         return cls(tokenizer.to_str())
 
     def to_json(self) -> dict:
-        return {"kind": self.kind, "model": json.loads(self._model)}
+        return {"kind": self.kind, "model": strict_json.loads(self._model)}
 
 
 def _require_short_words(text: str) -> str:
@@ -319,21 +327,39 @@ def load(path: Path) -> Tokenizer:
     """The tokenizer of a file that holds its `to_json()`.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError, KeyError: the file holds no tokenizer.
+        OSError: the file cannot be read, or is no regular file.
+        ValueError: the file holds no tokenizer.
         UserError: GPT-2's vocabulary is not available.
     """
-    values = json.loads(path.read_text(encoding="utf-8"))
+    return from_json(strict_json.loads(read_small(path, MAX_FILE_BYTES)))
+
+
+def from_json(values: Any) -> Tokenizer:
+    """The inverse of a tokenizer's `to_json`.
+
+    Raises:
+        ValueError: the values describe no tokenizer.
+        UserError: GPT-2's vocabulary is not available.
+    """
+    try:
+        return _from_json(values)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"no tokenizer ({type(e).__name__}: {e})") from None
+
+
+def _from_json(values: Any) -> Tokenizer:
     match values["kind"]:
         case "byte":
             return ByteTokenizer()
-        case "char" if list(values["chars"]) == sorted(set(values["chars"])):
-            return CharTokenizer(values["chars"])
+        case "char":
+            chars = values["chars"]
+            if isinstance(chars, str) and chars and list(chars) == sorted(set(chars)):
+                return CharTokenizer(chars)
         case "gpt2":
             return Gpt2Tokenizer(gpt2_folder(Path(values["folder"]).parent, lambda line: None))
         case "bpe":
             try:
-                return BpeTokenizer(json.dumps(values["model"]))
+                return BpeTokenizer(strict_json.dumps(values["model"]))
             except Exception as e:  # the library raises bare Exceptions
                 raise ValueError(f"no tokenizer: {e}") from None
     raise ValueError("no vocabulary of sorted characters")
@@ -341,12 +367,12 @@ def load(path: Path) -> Tokenizer:
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether both tokenizers encode every text alike."""
-    return identity(a) == identity(b)
+    return identity(a.to_json()) == identity(b.to_json())
 
 
-def identity(tokenizer: Tokenizer) -> dict:
+def identity(values: dict) -> dict:
     """What determines a tokenizer's encoding: its JSON without the folder of its files."""
-    return {name: value for name, value in tokenizer.to_json().items() if name != "folder"}
+    return {name: value for name, value in values.items() if name != "folder"}
 
 
 def sample_prompt(prompt: str | None, tokenizer: Tokenizer, corpus: Corpus) -> str:
@@ -401,13 +427,16 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, say: Callable[[str], None]) ->
     """The byte pairs of a corpus' training texts, or of all texts if it has no splits; kept in the cache."""
     import tokenizers
 
-    path = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{corpus.sha256}-{tokenizers.__version__}.json"
+    path = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{corpus.sha256}-{tokenizers.__version__}-digest.json"
     try:
-        tokenizer = load(path)
-        if isinstance(tokenizer, BpeTokenizer):
-            return tokenizer
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):  # the file is missing or damaged
+        values = strict_json.loads(read_small(path, MAX_FILE_BYTES))
+        if values.pop("sha256") == _digest(values):
+            return BpeTokenizer(strict_json.dumps(values["model"]))
+        say(f"{path} is damaged; training the vocabulary again")
+    except FileNotFoundError:
         pass
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        say(f"{path} is damaged; training the vocabulary again")
     say(f"training a byte-pair vocabulary of {vocab_size:,} entries")
     texts = corpus.splits.get("train") or corpus.splits["all"]
     try:
@@ -417,10 +446,15 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, say: Callable[[str], None]) ->
     if tokenizer.vocab_size < vocab_size:
         say(f"the corpus has pairs to merge for {tokenizer.vocab_size:,} entries only")
     try:
-        atomic_write(path, json.dumps(tokenizer.to_json()).encode())
+        values = tokenizer.to_json()
+        atomic_write(path, strict_json.dumps(values | {"sha256": _digest(values)}).encode())
     except OSError:  # without a cache the next start trains it again
         pass
     return tokenizer
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(strict_json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _byte_chars() -> list[str]:

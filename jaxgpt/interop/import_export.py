@@ -11,9 +11,11 @@ import numpy as np
 from jaxgpt import parallel
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
+from jaxgpt.data.tokenizer import sample_prompt
 from jaxgpt.errors import UserError
 from jaxgpt.interop import safetensors, torch_names
-from jaxgpt.runs import checkpoint, run_dir
+from jaxgpt.runs import run_dir
+from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.restore import restore_language_model
 from jaxgpt.runtime import build_language_modeling
 from jaxgpt.train_step import TrainState
@@ -43,13 +45,14 @@ def import_run(
         UserError: `out` holds a run or other files; or a file cannot be read or does not fit the model. Nothing has
             been written then.
     """
-    if (out / "config.json").exists() and not overwrite:
+    if os.path.exists(out / "config.json") and not overwrite:
         raise UserError(f"--out {out}: holds a run already; choose another folder, or --overwrite to replace it")
     for flag, path in (("--weights", weights), ("--optimizer-state", optimizer_state)):
         if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise UserError(f"{flag} {path}: lies in --out {out}, which is replaced; move the file out of there")
-    data, executor = build_language_modeling(config, corpus, data_dir, say, devices=parallel.one_device)
+    data, executor = build_language_modeling(config, corpus, data_dir, say, devices=parallel.one_device, trains=False)
     config, tokenizer = executor.config, data.tokenizer
+    sample_prompt(config.prompt, tokenizer, corpus)  # a run whose prompt cannot be encoded could not be trained
     state = _read_state(executor, weights, optimizer_state)
     done = int(state.step)
     if done > config.steps:
@@ -61,10 +64,9 @@ def import_run(
         begun = run_dir.create(out, config, tokenizer, corpus, overwrite, complete=False)
     with contextlib.closing(begun) as run:
         try:
-            opened = checkpoint.open_checkpoints(run.checkpoints, config.keep_checkpoints)
-            with contextlib.closing(opened) as checkpoints:
-                checkpoint.save(checkpoints, executor.put(state), None)
-                checkpoint.wait(checkpoints)
+            with contextlib.closing(Checkpoints(run, config.keep_checkpoints)) as checkpoints:
+                checkpoints.save(executor.put(state))
+                checkpoints.wait()
             run.complete()  # only now is the folder a run: an interrupted import leaves none
         except BaseException:
             run.discard()

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, require_writable
 
 SAVE = "safetensors.torch.save_file(model.float().state_dict(), FILE)"
 
@@ -62,10 +62,7 @@ def require_new(files: Mapping[str, Path | None], overwrite: bool, keep_out_of: 
             raise UserError(f"{flag} {path}: lies in the run {keep_out_of}; choose a place outside of it")
         if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
             raise UserError(f"{flag} {path}: exists already; choose another name, or --overwrite to replace a file")
-        if not os.path.isdir(place.parent):
-            raise UserError(f"{flag} {path}: no such folder; create it first")
-        if not os.access(place.parent, os.W_OK) or len(os.fsencode(place.name)) > 240:
-            raise UserError(f"{flag} {path}: cannot be written; choose a shorter name in a writable folder")
+        require_writable(flag, path)
 
 
 def write(files: Iterable[tuple[str, Path, Mapping[str, np.ndarray]]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 
 from jaxgpt.errors import UserError
+from jaxgpt.optimizer import SkipState
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -69,7 +70,9 @@ def from_torch(state_dict: Tensors, like: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def optimizer_to_torch(opt_state: Any) -> dict[str, np.ndarray]:
-    """The optimizer state under torch names, and `step` as an int64 scalar."""
+    """The optimizer state under torch names, and `step`, the updates applied, as an int64 scalar."""
+    if isinstance(opt_state, SkipState):  # its counts and running mean have no place in PyTorch's state
+        opt_state = opt_state.optimizer
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         torch, name = _state_name(path)
@@ -90,6 +93,9 @@ def optimizer_from_torch(tensors: Tensors, like: Any) -> Any:
         UserError: a name is missing or left over, a shape differs, a dtype is wider than the model's, or a value is
             not finite.
     """
+    if isinstance(like, SkipState):
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        return state._replace(optimizer=optimizer_from_torch(tensors, like.optimizer))
     paths, tree = jax.tree_util.tree_flatten_with_path(like)
     names = [_state_name(path) for path, _ in paths]
     _require_same_names({torch for torch, _ in names}, set(tensors), "the optimizer state does not match the optimizer")

@@ -1,6 +1,5 @@
 """Restored runs: a run's folder, its objective compiled for this machine's devices, and the state of a checkpoint."""
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +10,14 @@ from jaxgpt import parallel
 from jaxgpt.data.corpora import load_corpus
 from jaxgpt.data.files import NotAvailable
 from jaxgpt.data.token_cache import split_tokens
-from jaxgpt.errors import UserError
+from jaxgpt.errors import DamagedRun, UserError
 from jaxgpt.objective import Objective
 from jaxgpt.parallel import Executor
-from jaxgpt.runs import checkpoint, run_dir
+from jaxgpt.runs import run_dir
+from jaxgpt.runs.checkpoint import ATTEMPTS, Checkpoints
 from jaxgpt.runs.run_dir import RunDir
 from jaxgpt.runtime import build_executor, build_objective
 from jaxgpt.train_step import TrainState
-
-ATTEMPTS = 5
 
 
 class RestoredRun(NamedTuple):
@@ -60,25 +58,25 @@ def restore_objective(path: Path) -> tuple[RunDir, Objective]:
 
 
 def _restored(run: RunDir, which: str) -> RestoredRun:
-    which = run.result if which == "result" else which
-    none_yet = UserError(f"RUN {run.path}: has no checkpoint yet; train it to its first one")
-    if not run.checkpoints.is_dir():
-        raise none_yet
+    checkpoints = Checkpoints(run, writes=False)
+    if which == "result":
+        which = "best" if checkpoints.stopped_early() else "last"
     executor = build_executor(run.config, run.tokenizer, run.labels, parallel.cores_or_one_device)
-    for attempt in range(ATTEMPTS):
-        with contextlib.closing(checkpoint.open_checkpoints(run.checkpoints, writes=False)) as checkpoints:
-            step = checkpoint.pick_step(checkpoints, which)
+    if which == "best":
+        for _ in range(ATTEMPTS):
+            step = checkpoints.best_step()
             if step is None:
-                raise none_yet
-            remedy = f"try --checkpoint {'last' if which == 'best' else 'best'}"
+                break
             try:
-                state = checkpoint.restore(checkpoints, executor.abstract_state(), step, remedy)
-                return RestoredRun(run, executor, state)
-            except UserError:
-                # A run that still trains may have deleted this checkpoint for a later one: take that.
-                if attempt == ATTEMPTS - 1 or (run.checkpoints / str(step)).exists():
-                    raise
-    raise AssertionError
+                return RestoredRun(run, executor, checkpoints.restore(step, executor.abstract_state()))
+            except DamagedRun as e:
+                if checkpoints.path(step).exists():  # else the run, which still trains, has removed it for a better one
+                    raise DamagedRun(f"{e}; try --checkpoint last") from None
+    else:
+        state = checkpoints.restore_last(executor.abstract_state, print_progress)
+        if state is not None:
+            return RestoredRun(run, executor, state)
+    raise UserError(f"RUN {run.path}: has no checkpoint yet; train it to its first one")
 
 
 def print_progress(line: str) -> None:

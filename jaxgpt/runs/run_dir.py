@@ -1,54 +1,53 @@
 """A run's folder: its files, and how a run is begun, resumed and opened. All files are JSON, text, images or orbax's.
 
-config.json, tokenizer.json, data.json, metrics.jsonl, steps.csv, summary.json, sample.txt, learning_curves.png,
-checkpoints/; on demand diagnostics.jsonl, samples.jsonl, attention.gif, attention/, inspect/.
+config.json, tokenizer.json, data.json, manifest.json, metrics.jsonl, steps.csv, summary.json, sample.txt,
+learning_curves.png, checkpoints/; on demand diagnostics.jsonl, samples.jsonl, attention.gif, attention/, inspect/.
 """
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import filelock
+import msgspec
 import numpy as np
 
 from jaxgpt import config as configs
+from jaxgpt import strict_json
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import atomic_replace
 from jaxgpt.data.labeled import LabeledTexts
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError, flag
-
-WRITTEN_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "data.json",
-    "metrics.jsonl",
-    "steps.csv",
-    "summary.json",
-    "sample.txt",
-    "learning_curves.png",
-    "confusion.png",
-    "diagnostics.jsonl",
-    "samples.jsonl",
-    "attention.gif",
+from jaxgpt.errors import DamagedRun, UserError, flag
+from jaxgpt.runs import files, manifest
+from jaxgpt.runs.files import Unreadable
+from jaxgpt.runs.manifest import FileDigest, Manifest
+from jaxgpt.runs.status import (
+    FOLDERS,
+    FORMAT,
+    LOCK,
+    RECORDS,
+    RESULTS,
+    WRITTEN_FILES,
+    Base,
+    DataRecord,
+    changed_file,
+    checkpoint_steps,
+    read_config_and_data,
+    run_status,
 )
-RECORDS = ("metrics.jsonl", "diagnostics.jsonl", "samples.jsonl")  # each line is a JSON object with a "step"
-FOLDERS = {  # and the names of the files in them
-    "checkpoints": re.compile(r"\d+(\..*)?"),
-    "attention": re.compile(r"\d{8}\.npy(\.partial)?"),
-    "inspect": re.compile(r"(gradients|attention|surprise)\.png(\.partial)?"),
-}
-OWN_NAMES = {*WRITTEN_FILES, *(name + ".partial" for name in WRITTEN_FILES), *FOLDERS, ".lock"}
+
 STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
 
 
@@ -62,20 +61,15 @@ class RunDir:
     data_sha256: str
     source: str = ""  # where the training text was read from
     labels: tuple[str, ...] = ()  # a classifier's classes
+    identity: dict[str, str] = field(default_factory=dict)  # digests of config.json, tokenizer.json and data.json
+    has_manifests: bool = True  # False for a run begun before there were manifests
+    finished: bool = False
+    problem: str = ""  # what is wrong with its files that a resumption mends
     lock: filelock.BaseFileLock | None = field(default=None, compare=False, repr=False)  # of a run that trains here
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def result(self) -> str:
-        """Which checkpoint is the run's result: "best" if the run stopped early, else "last"."""
-        try:
-            summary = json.loads((self.path / "summary.json").read_text())
-        except (OSError, ValueError):  # still training, or the file is damaged
-            return "last"
-        return "best" if "stopped_early" in summary else "last"
 
     @property
     def data_dir(self) -> Path | None:
@@ -85,7 +79,27 @@ class RunDir:
 
     def complete(self) -> None:
         """Writes config.json, after all else: the folder is a run once it is there."""
-        write_json(self.path / "config.json", configs.to_json(self.config))
+        files.write_json(self.path / "config.json", configs.to_json(self.config))
+
+    def finish(self, step: int) -> None:
+        """Writes the manifest of the finished run, after all else: its presence says that the run is complete."""
+        names = [*RECORDS, "steps.csv", *RESULTS, *self._map_names()]
+        digests = manifest.digest_files(self.path, names)
+        self.write_manifest(step, checkpoint_steps(self.path), digests)
+
+    def write_manifest(
+        self, step: int, checkpoints: Sequence[int], digests: dict[str, FileDigest] | None = None
+    ) -> None:
+        """Writes manifest.json: the last checkpoint's step, all checkpoints, and of a finished run its files."""
+        content = Manifest(step, digests or {}, self.identity, checkpoints=tuple(checkpoints))
+        manifest.write(self.path / manifest.NAME, content)
+
+    def read_manifest(self) -> Manifest | None:
+        """The content of manifest.json; None if there is none, or it is damaged."""
+        try:
+            return manifest.read(self.path / manifest.NAME)
+        except (FileNotFoundError, Unreadable):
+            return None
 
     def discard(self) -> None:
         """Removes the files of a run that could not make its first step."""
@@ -96,32 +110,54 @@ class RunDir:
         if self.lock is not None:
             self.lock.release()
 
+    # ---------------------------------------------------------------------------------------------------------- records
+
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The reports so far: one dictionary per line of metrics.jsonl."""
+        """The reports so far: one dictionary per line of metrics.jsonl. Raises `DamagedRun` for a line that is none."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        reports = []
+        for number, line in enumerate(lines, 1):
+            try:
+                report = files.decode_json(line, dict[str, int | float | None], path.name)
+            except Unreadable as e:
+                raise DamagedRun(f"{path}: line {number} is damaged ({e}); bring the file back") from None
+            if not all(isinstance(report.get(name), int | float) for name in ("step", "val_loss", "elapsed_s")):
+                raise DamagedRun(f"{path}: line {number} is no report; bring the file back")
+            reports.append(report)
+        return reports
 
     def read_steps(self) -> list[tuple[int, float, float, float]]:
-        """The rows of steps.csv, one per update: step, training loss (nats), gradient norm, learning rate."""
+        """The rows of steps.csv, one per update: step, training loss (nats), gradient norm, learning rate.
+
+        Raises:
+            DamagedRun: a line has another form.
+        """
         path = self.path / "steps.csv"
-        if not path.exists():
+        if not path.is_file():
             return []
-        with path.open(newline="") as f:
-            rows = list(csv.reader(f))[1:]
-        return [(int(step), float(loss), float(norm), float(lr)) for step, loss, norm, lr in rows]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        rows = []
+        for number, line in enumerate(lines, 2):
+            try:
+                step, loss, norm, lr = line.split(",")
+                rows.append((int(step), float(loss), float(norm), float(lr)))
+            except ValueError:
+                raise DamagedRun(f"{path}: line {number} is damaged; bring the file back") from None
+        return rows
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Appends a line to one of RECORDS; `record` holds the "step"."""
         assert name in RECORDS and "step" in record
-        with (self.path / name).open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        files.append(self.path / name, strict_json.dumps(record) + "\n")
 
     def append_steps(self, rows: list[tuple[int, float, float, float]]) -> None:
         """Appends rows of (step, training loss, gradient norm, learning rate) to steps.csv."""
         path = self.path / "steps.csv"
-        with path.open("a", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerows(rows if f.tell() else [STEP_FIELDS, *rows])
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows(rows if path.exists() and path.stat().st_size else [STEP_FIELDS, *rows])
+        files.append(path, text.getvalue())
 
     def save_map(self, step: int, maps_LHTS: np.ndarray) -> None:
         """Writes the attention maps after `step` updates to attention/<step>.npy."""
@@ -134,18 +170,44 @@ class RunDir:
         """The steps with attention maps, in order, and their files."""
         return [(int(path.stem), path) for path in sorted((self.path / "attention").glob("*.npy"))]
 
+    def _map_names(self) -> list[str]:
+        return [f"attention/{path.name}" for _, path in self.read_maps()]
+
     def flush(self) -> None:
         """Forces the records to the disk, before a checkpoint that relies on them is written."""
-        for name in (*RECORDS, "steps.csv"):
-            if (self.path / name).exists():
-                with (self.path / name).open("a") as f:
-                    os.fsync(f.fileno())
+        for name in self._record_names():
+            files.fsync(self.path / name)
+        if self._map_names():
+            files.fsync_folder(self.path / "attention")
+        files.fsync_folder(self.path)
 
-    def rewind(self, step: int) -> None:
+    def digest_records(self) -> dict[str, FileDigest]:
+        """The digests of the records as they are now, by their path in the run folder."""
+        return manifest.digest_files(self.path, self._record_names())
+
+    def _record_names(self) -> list[str]:
+        return [name for name in (*RECORDS, "steps.csv", *self._map_names()) if (self.path / name).is_file()]
+
+    def rewind(self, step: int, records: dict[str, FileDigest] | None) -> None:
         """Removes the records after `step` updates: a run killed after its last checkpoint repeats those updates.
 
         A last line that the kill cut short is removed as well.
+
+        Args:
+            records: the records up to that step, as the checkpoint's manifest has them; None without a manifest.
         """
+        for at, path in self.read_maps():
+            if at >= step if records is None else f"attention/{path.name}" not in records:
+                path.unlink()
+        if records is not None:
+            for name in (*RECORDS, "steps.csv"):
+                if not (self.path / name).is_file():
+                    continue
+                if name not in records:
+                    (self.path / name).unlink()
+                elif (self.path / name).stat().st_size > records[name].size:
+                    files.truncate(self.path / name, records[name].size)
+            return
         for name in RECORDS:
             _rewrite_lines(self.path / name, lambda line: json.loads(line)["step"] < step)
         header = ",".join(STEP_FIELDS)
@@ -170,7 +232,7 @@ def create(
     The folder is locked until `RunDir.close` or the end of the process.
 
     Args:
-        overwrite: replace a run that is there.
+        overwrite: replace a run, or the parts of one, that are there.
         complete: make a new folder a run at once. If not, the caller puts more files there first, and then calls
             `RunDir.complete`.
         labels, base: a classifier's classes, and the weights that it starts from: "run", "step" and "sha256".
@@ -178,6 +240,7 @@ def create(
     Raises:
         UserError: the folder cannot be written, holds other files, a run of another configuration, data, vocabulary
             or base, or a run that another process is training.
+        DamagedRun: parts of a run are there, and it cannot be gone on from them.
     """
     run = RunDir(path, config, tokenizer, corpus.sha256, corpus.source, labels)
     try:
@@ -185,45 +248,67 @@ def create(
     except UnicodeEncodeError:
         raise UserError(f"--out-dir {str(path)!r}: not valid UTF-8; choose another name") from None
     try:
-        begun = (path / "config.json").exists()
-        if begun and not overwrite:
-            _require_same(run, base)
-        elif not begun and path.is_dir() and _holds_others(path):
-            raise UserError(f"--out-dir {path}: holds files that are no run; choose an empty or new folder")
+        before = run_status(path)
+        if before.state == "foreign":
+            raise UserError(
+                f"--out-dir {path}: holds files that are no run ({before.problem}); choose an empty or new folder"
+            )
         path.mkdir(parents=True, exist_ok=True)
+        files.fsync_folder(path.parent)
         run = replace(run, lock=_lock(path))
         try:
-            _write_new_files(run, corpus, begun, overwrite, complete, base)
+            return _begin_or_resume(run, corpus, before.state == "new", overwrite, complete, base)
         except BaseException:
             run.close()
             raise
     except OSError as e:
         raise UserError(f"--out-dir {path}: cannot be written ({e.strerror}); choose a writable folder") from None
-    return run
 
 
-def _write_new_files(
+def _begin_or_resume(
     run: RunDir,
     corpus: Corpus | LabeledTexts,
-    begun: bool,
+    was_new: bool,
     overwrite: bool,
     complete: bool,
     base: dict[str, Any] | None,
-) -> None:
-    """Writes tokenizer.json, and the other files of a new run; `begun`: whether a run was there before the lock."""
+) -> RunDir:
+    """The run in a folder that is locked; `was_new`: whether there was none before the lock."""
     path = run.path
-    if not begun and (path / "config.json").exists():
+    status = run_status(path)
+    if was_new and status.state != "new":
         raise UserError(f"--out-dir {path}: another process has just begun a run here; start again to resume it")
-    fresh = not begun or overwrite
-    if fresh:
+    if status.state == "damaged" and not overwrite:
+        raise DamagedRun(
+            f"--out-dir {path}: {status.problem}; bring that back, choose another folder, or --overwrite to start again"
+        )
+    tokenizer_values = run.tokenizer.to_json()
+    if status.state == "new" or overwrite:
         _remove_run(path)
-    write_json(path / "tokenizer.json", run.tokenizer.to_json())  # when resuming too: it may have been damaged
-    if fresh:
-        data = {"dataset": corpus.name, "sha256": corpus.sha256, "source": corpus.source}
-        of_classifier = {"labels": list(run.labels), "base": base} if run.labels else {}
-        write_json(path / "data.json", data | of_classifier)
+        files.write_json(path / "tokenizer.json", tokenizer_values)
+        record = DataRecord(
+            corpus.name, corpus.sha256, corpus.source, run.labels, Base(**base) if base else None, FORMAT
+        )
+        files.write_json(path / "data.json", msgspec.to_builtins(record))
         if complete:
             run.complete()
+        contents = {"config.json": files.json_text(configs.to_json(run.config)).encode()}
+        digests = {"config.json": manifest.digest(contents["config.json"]), "data.json": _digest(path / "data.json")}
+        return replace(run, identity=digests | {"tokenizer.json": _tokenizer_digest(tokenizer_values)})
+    data, digests = _require_same(run, base)
+    _remove_partial_files(path)
+    files.write_json(path / "tokenizer.json", tokenizer_values)  # it may have been damaged
+    run = replace(
+        run,
+        identity=digests | {"tokenizer.json": _tokenizer_digest(tokenizer_values)},
+        has_manifests=data.format > 1,
+        finished=status.state == "finished",
+        problem=status.problem,
+    )
+    written = run.read_manifest()
+    if written and (changed := changed_file(written, run.identity)):
+        raise DamagedRun(f"--out-dir {path}: {changed}; bring it back, or --overwrite to start again")
+    return run
 
 
 def default_run_dir(dataset: str, kind: str) -> Path:
@@ -238,18 +323,37 @@ def default_run_dir(dataset: str, kind: str) -> Path:
 
 
 def open_run(path: Path) -> RunDir:
-    """The run in a folder. Raises `UserError` if there is none."""
-    with _readable(f"RUN {path}", "give another folder"):
-        config, data = _read_config(path, f"RUN {path}")
-        tokenizer, labels = tokenizers.load(path / "tokenizer.json"), tuple(data.get("labels", ()))
-        return RunDir(path, config, tokenizer, data["sha256"], data["source"], labels)
+    """The run in a folder, to be read.
 
-
-def _read_config(path: Path, flag_and_path: str) -> tuple[TrainConfig | FinetuneConfig, dict[str, Any]]:
+    Raises:
+        UserError: there is none, or one of its files is damaged.
+        DamagedRun: one of its files is another than the one that its last checkpoint was written with.
+    """
+    where = f"RUN {path}"
     if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, no error for a name too long
-        raise UserError(f"{flag_and_path}: no run here (no config.json); give a folder that jaxgpt train has written")
-    config = configs.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    return config, json.loads((path / "data.json").read_text(encoding="utf-8"))
+        raise UserError(f"{where}: no run here (no config.json); give a folder that jaxgpt train has written")
+    with _readable(where, "give another folder"):
+        config, data, digests = read_config_and_data(path)
+        values = files.read_json(path / "tokenizer.json", dict)
+        identity = digests | {"tokenizer.json": _tokenizer_digest(values)}
+        try:
+            written = manifest.read(path / manifest.NAME)
+        except (FileNotFoundError, Unreadable):  # each checkpoint has its own, which are checked when it is read
+            written = None
+        if written and (changed := changed_file(written, identity)):
+            raise DamagedRun(f"{where}: {changed}; bring it back")
+        tokenizer = tokenizers.from_json(values)
+    return RunDir(
+        path, config, tokenizer, data.sha256, data.source, data.labels, identity, has_manifests=data.format > 1
+    )
+
+
+def _tokenizer_digest(values: dict[str, Any]) -> str:
+    return manifest.digest(strict_json.dumps(tokenizers.identity(values), sort_keys=True).encode())
+
+
+def _digest(path: Path) -> str:
+    return manifest.digest(files.read_bytes(path))
 
 
 @contextlib.contextmanager
@@ -259,7 +363,9 @@ def _readable(flag_and_path: str, remedy: str) -> Iterator[None]:
         yield
     except UserError as e:
         raise e if str(e).startswith(flag_and_path) else UserError(f"{flag_and_path}: {e}; {remedy}") from None
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+    except FileNotFoundError as e:
+        raise UserError(f"{flag_and_path}: {Path(e.filename).name} is missing; {remedy}") from None
+    except (OSError, KeyError, ValueError) as e:
         raise UserError(f"{flag_and_path}: not readable as a run ({type(e).__name__}: {e}); {remedy}") from None
 
 
@@ -271,8 +377,8 @@ def own_tokenizer(path: Path | None, config: TrainConfig) -> Tokenizer | None:
     if path is None or not config.tokenizer.startswith("bpe:"):
         return None
     try:
-        there = json.loads((path / "config.json").read_text(encoding="utf-8"))["tokenizer"]
-    except (OSError, KeyError, TypeError, ValueError):
+        there = files.read_json(path / "config.json", dict).get("tokenizer")
+    except (OSError, UserError):
         return None
     return _loadable_tokenizer(path) if there == config.tokenizer else None
 
@@ -280,8 +386,8 @@ def own_tokenizer(path: Path | None, config: TrainConfig) -> Tokenizer | None:
 def _loadable_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of the run in a folder, or None if its file is damaged; a resumed run writes the file again."""
     try:
-        return tokenizers.load(path / "tokenizer.json")
-    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError):
+        return tokenizers.from_json(files.read_json(path / "tokenizer.json", dict))
+    except (OSError, UserError, KeyError, ValueError):
         return None
 
 
@@ -291,41 +397,21 @@ def recorded_choice(path: Path | None, spec: str) -> str:
     `--dataset a,b` so resumes a run that was begun with b because a could not be had.
     """
     try:
-        recorded = json.loads((path / "data.json").read_text(encoding="utf-8"))["dataset"] if path else None
-    except (OSError, KeyError, TypeError, ValueError):
+        recorded = files.read_json(path / "data.json", DataRecord).dataset if path else None
+    except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
         return spec
     return recorded if recorded in [name.strip() for name in spec.split(",")] else spec
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes the file completely or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the file completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is not on the disk before its folder is
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _require_same(run: RunDir, base: dict[str, Any] | None) -> None:
+def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord, dict[str, str]]:
+    """What data.json of the run in the folder says, and digests by file. Raises `UserError` if it is another run."""
     with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
-        there, data = _read_config(run.path, f"--out-dir {run.path}")
-        same_data = data["sha256"] == run.data_sha256
+        there, data, digests = read_config_and_data(run.path)
     fields = configs.differences(there, run.config)
     different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
-    if not different and not same_data:
+    if not different and data.sha256 != run.data_sha256:
         different = [f"--dataset {run.config.dataset} with another text"]
-    if not different and base and data.get("base", {}).get("sha256") != base["sha256"]:
+    if not different and base and (data.base is None or data.base.sha256 != base["sha256"]):
         different = [f"other weights to start from than those of {base['run']} after {base['step']} steps"]
     if not different and (own := _loadable_tokenizer(run.path)) and not tokenizers.same(own, run.tokenizer):
         different = ["another vocabulary"]
@@ -334,16 +420,21 @@ def _require_same(run: RunDir, base: dict[str, Any] | None) -> None:
             f"--out-dir {run.path}: holds a run of another configuration ({'; '.join(different)}); "
             "choose another folder, or --overwrite to start again"
         )
+    return data, digests
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
     """Locks the folder for this process. Raises `UserError` if another process holds it."""
-    lock = filelock.FileLock(path / ".lock", thread_local=False)
+    lock = filelock.FileLock(path / LOCK, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise UserError(
             f"--out-dir {path}: another process is training here; wait for it, or choose another folder"
+        ) from None
+    except OSError as e:
+        raise UserError(
+            f"--out-dir {path}: {LOCK} cannot be written ({e.strerror}); choose a writable folder, or remove that file"
         ) from None
     return lock
 
@@ -352,29 +443,31 @@ def _remove_run(path: Path) -> None:
     """Removes the files that a run writes: config.json first, so that what an interruption leaves is no run."""
     for name in WRITTEN_FILES:
         (path / name).unlink(missing_ok=True)
+    _remove_partial_files(path)
     for name, own in FOLDERS.items():
-        for file in (path / name).iterdir() if (path / name).is_dir() else ():
+        folder = path / name
+        if folder.is_symlink():
+            folder.unlink()
+        for file in folder.iterdir() if folder.is_dir() else ():
             if own.fullmatch(file.name):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
         with contextlib.suppress(OSError):  # no such folder, or one that holds other files
-            (path / name).rmdir()
+            folder.rmdir()
 
 
-def _holds_others(path: Path) -> bool:
-    """Whether a folder holds files that no run writes."""
-    for entry in path.iterdir():
-        own = FOLDERS.get(entry.name)
-        if entry.name not in OWN_NAMES or (
-            own and not (entry.is_dir() and all(own.fullmatch(file.name) for file in entry.iterdir()))
-        ):
-            return True
-    return False
+def _remove_partial_files(path: Path) -> None:
+    """Removes what writes that a kill cut short have left."""
+    for name in WRITTEN_FILES:
+        (path / (name + files.PARTIAL)).unlink(missing_ok=True)
+    for file in (path / "attention").glob("*" + files.PARTIAL):
+        file.unlink(missing_ok=True)
 
 
 def _rewrite_lines(path: Path, keep: Callable[[str], bool]) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and _keeps(keep, line.rstrip("\n"))))
+        kept = [line for line in lines if line.endswith("\n") and _keeps(keep, line.rstrip("\n"))]
+        files.write_text(path, "".join(kept))
 
 
 def _keeps(keep: Callable[[str], bool], line: str) -> bool:

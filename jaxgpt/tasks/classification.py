@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgpt import parallel
 from jaxgpt.analysis.callbacks import PlotLearningCurves
-from jaxgpt.config import FinetuneConfig
+from jaxgpt.config import FaultPolicy, FinetuneConfig
 from jaxgpt.data.labeled import Example, LabeledTexts, choose, encode, eval_batches
 from jaxgpt.data.loader import ExampleLoader
 from jaxgpt.data.sampler import ExampleSampler
@@ -26,7 +26,7 @@ from jaxgpt.progress import ProgressDisplay
 from jaxgpt.runs import run_dir
 from jaxgpt.runs.restore import restore_language_model
 from jaxgpt.runs.run_dir import RunDir
-from jaxgpt.runtime import build_executor
+from jaxgpt.runtime import build_executor, long_step_note
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
@@ -40,6 +40,7 @@ def finetune(
     overwrite: bool,
     display: ProgressDisplay,
     started: float,
+    policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
 ) -> int:
     """Trains a classifier from the weights of a run to the end, or resumes the one in `out_dir`.
 
@@ -47,14 +48,13 @@ def finetune(
         base: the folder of a language model's run.
         which: which of its checkpoints: "last", "best" or "result".
         data: the texts with their labels.
-        out_dir, overwrite, display, started: as in `language_modeling.train`.
+        out_dir, overwrite, display, started, policy: as in `language_modeling.train`.
 
     Returns:
-        The command's exit code: 0, or 128 + the signal that stopped the run.
+        The command's exit code, as `run_training` gives it.
 
     Raises:
-        UserError: before anything is written; or the disk is full or the memory exhausted while it trains.
-        LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold states from before it.
+        UserError: before anything is written; or as `run_training` does, which raises the other errors too.
     """
     if out_dir and (os.path.realpath(base) + "/").startswith(os.path.realpath(out_dir) + "/"):
         raise UserError(f"--out-dir {out_dir}: holds RUN {base}, which it is made from; choose another folder")
@@ -67,7 +67,7 @@ def finetune(
     config = dataclasses.replace(
         config, model=base_run.config.model, steps=config.epochs * math.ceil(len(train) / config.batch_size)
     )
-    executor = build_executor(config, tokenizer, data.labels)
+    executor = build_executor(config, tokenizer, data.labels, trains=True)
     config, objective = executor.config, executor.objective
     splits = {
         name: _encoded(examples, tokenizer, config, name) for name, examples in (("train", train), ("test", data.test))
@@ -75,15 +75,19 @@ def finetune(
     folder = out_dir or run_dir.default_run_dir(config.dataset, f"finetune-{config.pool}")
     begun = run_dir.create(folder, config, tokenizer, data, overwrite, labels=data.labels, base=given)
     with contextlib.closing(begun) as run:
-        if (run.path / "summary.json").exists():
+        if run.finished:
             display.line(f"{run.path}: finished already; --overwrite starts again")
             return 0
+        if run.problem:
+            display.line(f"{run.path}: {run.problem}; making it anew")
         display.line(
             f"{data.name} ({len(train):,} texts to train on and {len(data.test):,} to test on, "
             f"{len(data.labels)} classes) "
             f"from {base} after {base_step} steps, on {executor.describe_devices()} in {config.dtype}"
         )
         display.line(f"run folder: {run.path}")
+        if note := long_step_note(executor):
+            display.line(note)
 
         def first_state() -> TrainState:
             state = executor.init_state()
@@ -96,7 +100,7 @@ def finetune(
         def make_task() -> ClassificationTask:
             return ClassificationTask(run, executor, splits)
 
-        return run_training(run, executor, make_task, first_state, [display], display.line, started)
+        return run_training(run, executor, make_task, first_state, [display], display.line, started, policy)
 
 
 def digest(params: dict[str, np.ndarray]) -> str:

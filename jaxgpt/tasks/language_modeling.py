@@ -17,7 +17,7 @@ from jaxgpt.analysis import diagnostics
 from jaxgpt.analysis.callbacks import PlotLearningCurves
 from jaxgpt.analysis.model_summary import summary
 from jaxgpt.callbacks import EveryN
-from jaxgpt.config import SamplingConfig, TrainConfig
+from jaxgpt.config import FaultPolicy, SamplingConfig, TrainConfig
 from jaxgpt.data import sampler
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.loader import make_loader
@@ -29,9 +29,9 @@ from jaxgpt.model.sampling import generate
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.parallel import Executor
 from jaxgpt.progress import ProgressDisplay
-from jaxgpt.runs import run_dir
+from jaxgpt.runs import files, run_dir
 from jaxgpt.runs.run_dir import RunDir
-from jaxgpt.runtime import build_language_modeling
+from jaxgpt.runtime import build_language_modeling, long_step_note
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
@@ -49,6 +49,7 @@ def train(
     data_dir: Path | None = None,
     loader: str = "auto",
     summarise: bool = False,
+    policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
 ) -> int:
     """Trains a language model to the end, or resumes the run in `out_dir`.
 
@@ -58,13 +59,13 @@ def train(
         data_dir: a folder to look for GPT-2's vocabulary in first.
         loader: where the tokens are kept: auto, device or host.
         summarise: print first the layers, their parameters, and what a step costs.
+        policy: what to do about warning signals and failed saves.
 
     Returns:
-        The command's exit code: 0, or 128 + the signal that stopped the run.
+        The command's exit code, as `run_training` gives it.
 
     Raises:
-        UserError: before anything is written; or the disk is full or the memory exhausted while it trains.
-        LossNotFinite: a loss or gradient norm is not finite; the checkpoints hold states from before it.
+        UserError: before anything is written; or as `run_training` does, which raises the other errors too.
     """
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own)
@@ -72,15 +73,19 @@ def train(
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
     with contextlib.closing(run_dir.create(folder, config, tokenizer, corpus, overwrite)) as run:
-        if (run.path / "summary.json").exists():
+        if run.finished:
             display.line(f"{run.path}: finished already; --overwrite starts again")
             return 0
+        if run.problem:
+            display.line(f"{run.path}: {run.problem}; making it anew")
         display.line(
             f"{config.preset} on {corpus.name} ({len(data.train_N):,} training and {len(data.val_N):,} validation "
             f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
             f"--parallel {config.parallel}"
         )
         display.line(f"run folder: {run.path}")
+        if note := long_step_note(executor):
+            display.line(note)
 
         def task() -> LanguageModelingTask:
             made = LanguageModelingTask(run, executor, data, prompt, loader, display.line)
@@ -88,7 +93,7 @@ def train(
                 display.line(summary(executor, made.loader.take(0, 1)))
             return made
 
-        return run_training(run, executor, task, executor.init_state, [display], display.line, started)
+        return run_training(run, executor, task, executor.init_state, [display], display.line, started, policy)
 
 
 class LanguageModelingTask(Task):
@@ -152,7 +157,7 @@ class LanguageModelingTask(Task):
             self._animate()
         whole = whole_split_loss(self.executor, params, self.val_N, run.tokenizer, say=self.say)
         text = self._sample(params)
-        run_dir.write_text(run.path / "sample.txt", text + "\n")
+        files.write_text(run.path / "sample.txt", text + "\n")
         figures = {
             "val_loss": whole.loss,
             "val_loss_batch_mean": whole.batch_mean,

@@ -136,10 +136,10 @@ def test_a_hub_without_a_network_is_reported_within_seconds(cli, tmp_path, name)
     assert done.stderr.startswith(f"error: --dataset {name}: cannot be had from http://127.0.0.1:9: no network (")
 
 
-def test_a_vocabulary_that_does_not_fit_the_checkpoint(cli, run, data, tmp_path):
+def test_a_vocabulary_that_is_not_the_checkpoints(cli, run, data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
     (out / "tokenizer.json").write_text('{"kind": "byte"}')
     done = cli("evaluate", out, "--data-dir", data)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "vocabulary" in done.stderr
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+    assert "tokenizer.json is not the one that the checkpoint" in done.stderr

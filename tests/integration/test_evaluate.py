@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from jaxgpt import strict_json
+
 
 def test_the_command_gives_the_summary_figures(cli, trained):
     summary = json.loads((trained / "summary.json").read_text())
@@ -23,6 +25,16 @@ def test_tokens_are_those_of_whole_windows(cli, trained, text):
         got = json.loads(cli("evaluate", trained, "--json", "--split", split).stdout)
         assert got["tokens"] == (n - 1) // 16 * 16
         assert got["ppl"] == pytest.approx(math.exp(got["loss"]))
+
+
+def test_a_figure_beyond_a_float_is_null_in_json(cli, trained, monkeypatch):
+    from jaxgpt.tasks import language_modeling
+
+    diverged = language_modeling.SplitLoss(loss=1e4, tokens=16, n_bytes=0, batch_mean=1e4)
+    monkeypatch.setattr(language_modeling, "whole_split_loss", lambda *_: diverged)
+    done = cli("evaluate", trained, "--json")
+    assert done.returncode == 0 and "perplexity inf" in cli("evaluate", trained).stdout
+    assert strict_json.loads(done.stdout) == {"loss": 1e4, "ppl": None, "tokens": 16, "bits_per_byte": None}
 
 
 def test_data_that_has_changed_is_refused(cli, trained, text_file):

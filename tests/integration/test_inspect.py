@@ -45,8 +45,10 @@ def test_gradients(cli, trained, tmp_path):
 def test_gradients_after_a_rate_of_0(cli, trained, tmp_path):
     """At the end of a cosine schedule there is no update to show, and a line says so."""
     run = shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "schedule": "cosine"}))
+    for name, changed in (("config.json", {"schedule": "cosine"}), ("data.json", {"format": 1})):
+        (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changed))
+    for path in run.rglob("manifest.json"):  # format 1 had none; with one, another configuration is refused
+        path.unlink()
     printed = lines(cli("inspect", run, "--gradients"))
     assert "rate at step 60 is 0" in printed[-2]
     picture(run / "inspect" / "gradients.png")

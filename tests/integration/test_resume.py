@@ -1,6 +1,5 @@
 """A run that is interrupted and resumed equals an uninterrupted one, bit for bit: state and records."""
 
-import json
 import os
 import random
 import shutil
@@ -9,10 +8,8 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
-from conftest import ROOT, SMALL, read_state
+from conftest import ROOT, SMALL, assert_same
 
 STEPS = 400
 
@@ -38,18 +35,6 @@ def flags(text_file, out, *more, steps=STEPS):
     return ["--dataset", f"file:{text_file}", "--steps", str(steps), "--out-dir", str(out), *SMALL, *more]
 
 
-def recorded(out):
-    """All records of a run, but for times."""
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for m in metrics:
-        del m["tokens_per_s"], m["elapsed_s"]
-    summary = json.loads((out / "summary.json").read_text())
-    numbers = {k: summary[k] for k in ("params", "steps", "val_loss", "val_ppl", "val_tokens")}
-    names = ["steps.csv", "sample.txt", "diagnostics.jsonl", "samples.jsonl", "attention.gif"]
-    files = [out / name for name in names] + sorted((out / "attention").glob("*"))
-    return metrics, numbers, {file.name: file.read_bytes() for file in files if file.exists()}
-
-
 @pytest.fixture(scope="module", params=["jit", "pmap"])
 def uninterrupted(request, cli, text_file, tmp_path_factory):
     """An uninterrupted run, and its flags. With dropout, so that its random numbers are compared as well."""
@@ -60,14 +45,6 @@ def uninterrupted(request, cli, text_file, tmp_path_factory):
     done = cli("train", *flags(text_file, out, *more))
     assert done.returncode == 0, done.stderr
     return out, more
-
-
-def assert_same(out, whole, steps=STEPS):
-    assert recorded(out) == recorded(whole)
-    ours, theirs = read_state(out, steps), read_state(whole, steps)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_killed_and_resumed(cli, trained, text_file, tmp_path, user_env):
@@ -129,7 +106,7 @@ def test_killed_at_random_moments_and_resumed(start, cli, text_file, tmp_path, u
     done = cli("train", *line)
     assert done.returncode == 0, done.stderr
     assert "resuming after " in done.stdout
-    assert_same(out, whole)
+    assert_same(out, whole, STEPS)
 
 
 @pytest.mark.slow
@@ -145,7 +122,7 @@ def test_a_line_cut_short_by_the_kill_is_removed(start, cli, text_file, tmp_path
         f.write('{"step": 1')
     (out / "summary.json.partial").write_text("{")
     assert cli("train", *line).returncode == 0
-    assert_same(out, whole)
+    assert_same(out, whole, STEPS)
 
 
 @pytest.mark.slow
@@ -158,7 +135,7 @@ def test_records_lost_before_the_first_checkpoint(cli, text_file, tmp_path, unin
     (out / "steps.csv").write_text("")
     (out / "metrics.jsonl").write_text("not JSON\n")
     assert cli("train", *line).returncode == 0
-    assert_same(out, whole)
+    assert_same(out, whole, STEPS)
 
 
 @pytest.mark.slow
@@ -170,4 +147,4 @@ def test_killed_between_the_last_checkpoint_and_the_summary(cli, text_file, tmp_
     (out / "sample.txt").unlink()
     done = cli("train", *flags(text_file, out, *more))
     assert done.returncode == 0, done.stderr
-    assert_same(out, whole)
+    assert_same(out, whole, STEPS)

@@ -21,7 +21,7 @@ def records(trained):
 def test_the_files_of_a_run(trained):
     assert {p.name for p in trained.iterdir()} - {".lock"} == {
         *("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "steps.csv", "summary.json"),
-        *("sample.txt", "learning_curves.png", "checkpoints"),
+        *("sample.txt", "learning_curves.png", "checkpoints", "manifest.json"),
     }
     assert (trained / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
 

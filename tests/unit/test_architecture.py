@@ -1,6 +1,7 @@
 """The architecture holds: imports go downward, and what must not be imported is not."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,13 @@ for args in (["--help"], *([name, "--help"] for name in COMMANDS)):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage") >= len(COMMANDS)
+
+
+def test_json_is_written_by_one_module():
+    """`json.dumps` writes NaN and Infinity, which are not JSON."""
+    writes = re.compile(r"(?<!strict_)\bjson\.dumps?\(")
+    files = sorted((ROOT / "jaxgpt").rglob("*.py"))
+    assert [path.name for path in files if writes.search(path.read_text(encoding="utf-8"))] == ["strict_json.py"]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)

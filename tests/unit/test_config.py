@@ -2,10 +2,19 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
-from jaxgpt.config import ModelConfig, SamplingConfig, TrainConfig, differences, from_json, to_json
+from jaxgpt.config import (
+    FinetuneConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    differences,
+    from_json,
+    to_json,
+)
 from jaxgpt.errors import UserError
 from jaxgpt.presets import BENCHMARKS, PRESETS
 
@@ -70,6 +79,11 @@ def test_what_is_timed_is_what_is_trained():
         (lambda: ModelConfig(block_size=-1), "--model.block-size -1", "at least 1"),
         (lambda: ModelConfig(dropout=1.0), "--model.dropout 1.0", "probability"),
         (lambda: TrainConfig(steps=0), "--steps 0", "at least 1"),
+        (lambda: TrainConfig(steps=2**31), "--steps 2147483648", "at most 2147483647"),
+        (lambda: TrainConfig(checkpoint_every=10**18), f"--checkpoint-every {10**18}", "at most 2147483647"),
+        (lambda: ModelConfig(n_head=10**10), "--model.n-head 10000000000", "at most 2147483647"),
+        (lambda: FinetuneConfig(epochs=2**31), "--epochs 2147483648", "at most 2147483647"),
+        (lambda: SamplingConfig(top_k=2**31), "--top-k 2147483648", "at most 2147483647"),
         (lambda: TrainConfig(batch_size=-4), "--batch-size -4", "at least 1"),
         (lambda: TrainConfig(eval_every=0), "--eval-every 0", "at least 1; random windows"),
         (lambda: TrainConfig(epochs=2), "--epochs 2", "--packing chunks"),
@@ -82,6 +96,8 @@ def test_what_is_timed_is_what_is_trained():
         (lambda: TrainConfig(lr=float("nan")), "--lr nan", "positive"),
         (lambda: TrainConfig(beta2=1.0), "--beta2 1.0", "not with, 1"),
         (lambda: TrainConfig(clip=-1.0), "--clip -1.0", "0 or a positive"),
+        (lambda: TrainConfig(skip_spikes=0.5), "--skip-spikes 0.5", "0 or a number above 1"),
+        (lambda: TrainConfig(skip_spikes=math.inf), "--skip-spikes inf", "0 or a number above 1"),
         (lambda: TrainConfig(weight_decay=-0.1), "--weight-decay -0.1", "0 or a positive"),
         (lambda: TrainConfig(warmup_steps=10), "--warmup-steps 10", "--schedule warmup-cosine"),
         (lambda: TrainConfig(min_lr=1e-5), "--min-lr 1e-05", "--schedule cosine"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.optimizer import decay_mask, learning_rate, make_optimizer, optax_schedule
+from jaxgpt.optimizer import SkipState, decay_mask, learning_rate, make_optimizer, optax_schedule
 
 PARAMS = {
     "token_emb.embedding": jnp.ones((3, 2)),
@@ -96,3 +96,57 @@ def test_momentum_accumulates():
     for expected in (-0.1, -0.19, -0.271):
         updates, state = tx.update(grads, state, PARAMS)
         assert float(updates["ln_f.bias"][0]) == pytest.approx(expected, rel=1e-6)
+
+
+SKIPPING = TrainConfig(lr=0.1, on_nonfinite="skip", skip_spikes=4.0)
+N_PARAMS = sum(p.size for p in PARAMS.values())
+
+
+def grads_of_norm(norm):
+    return jax.tree.map(lambda p: jnp.full_like(p, norm / math.sqrt(N_PARAMS)), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "loss, norm", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, 1e25)]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer, loss, norm):
+    """A norm of 1e25 overflows in its sum of squares. Minus zero stays minus zero."""
+    tx = make_optimizer(TrainConfig(lr=0.1, optimizer=optimizer, on_nonfinite="skip"))
+    params = {**PARAMS, "ln_f.bias": jnp.array([-0.0, 0.0])}
+    _, state = tx.update(grads_of_norm(1.0), tx.init(params), params, value=jnp.float32(1))
+    updates, after = jax.jit(tx.update)(grads_of_norm(norm), state, params, value=jnp.float32(loss))
+    for name, p in params.items():
+        assert (p + updates[name]).tobytes() == p.tobytes(), name
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
+    assert (after.applied, after.skipped, after.in_a_row, after.norm_mean) == (1, 1, 1, state.norm_mean)
+    _, again = tx.update(grads_of_norm(1.0), after, params, value=jnp.float32(1))
+    assert (again.applied, again.skipped, again.in_a_row) == (2, 1, 0)
+
+
+def test_spikes_are_skipped_by_the_running_mean():
+    """The mean by its definition, in Python; 5 is above 4 times the mean, but only from the 26th applied update on."""
+    tx = make_optimizer(SKIPPING)
+    update = jax.jit(lambda norm, state: tx.update(grads_of_norm(norm), state, PARAMS, value=jnp.float32(1))[1])
+    state, norms, mean = tx.init(PARAMS), [], None
+    draw = np.random.default_rng(0)
+    for step in range(60):
+        norm = 5.0 if step in (10, 40, 41, 55) else draw.uniform(0.5, 1.0)
+        before, state = state, update(norm, state)
+        if norm == 5.0 and step > 10:
+            assert state.in_a_row == before.in_a_row + 1 and state.norm_mean == before.norm_mean
+            continue
+        norms.append(norm)
+        mean = np.mean(norms) if len(norms) <= 25 else 0.97 * mean + 0.03 * norm
+        assert state.in_a_row == 0 and state.norm_mean == pytest.approx(mean, rel=1e-5)
+    assert (state.applied, state.skipped) == (57, 3)
+
+
+def test_a_loss_that_is_not_finite_is_no_spike():
+    tx = make_optimizer(TrainConfig(skip_spikes=4.0))
+    _, state = tx.update(grads_of_norm(1.0), tx.init(PARAMS), PARAMS, value=jnp.float32(math.nan))
+    assert state.applied == 1
+
+
+def test_the_state_of_a_default_optimizer_counts_no_skips():
+    assert not isinstance(make_optimizer(TrainConfig()).init(PARAMS), SkipState)

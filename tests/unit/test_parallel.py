@@ -11,9 +11,12 @@ from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data.loader import make_loader
 from jaxgpt.data.sampler import BatchSampler, whole_split
+from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.runs import checkpoint
+from jaxgpt.runs.checkpoint import Checkpoints
+from jaxgpt.runs.run_dir import RunDir
 
 SMALL = TrainConfig(batch_size=4, model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=12))
 TOKENS = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint8)
@@ -163,17 +166,20 @@ def test_a_checkpoint_holds_the_state_of_its_save_whatever_becomes_of_its_memory
         monkeypatch.setattr(checkpoint, "LARGE", 1)
     executor = executor_of(n_devices=n_devices)
     loader = loader_of(executor)
+    run = RunDir(tmp_path, executor.config, ByteTokenizer(), "")
+    checkpoints = Checkpoints(run)
     state, _ = executor.train_steps(executor.init_state(), loader.take(0, 1), 1)
+    checkpoints.save(state)  # the first save of a run is never in the background
+    state, _ = executor.train_steps(state, loader.take(1, 1), 1)
     kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
-    manager = checkpoint.open_checkpoints(tmp_path / "checkpoints")
-    checkpoint.save(manager, state, None)
+    checkpoints.save(state)
     if large:  # all there before the next step asks for memory
-        assert (tmp_path / "checkpoints/1/default").is_dir()
-    for step in range(1, 30):  # each takes the state's memory
+        assert (tmp_path / "checkpoints/2/default").is_dir()
+    for step in range(2, 30):  # each takes the state's memory
         state, _ = executor.train_steps(state, loader.take(step, 1), 1)
-    checkpoint.wait(manager)
-    found = checkpoint.restore(manager, executor.abstract_state(), 1, "")
-    manager.close()
+    checkpoints.wait()
+    found = checkpoints.restore(2, executor.abstract_state())
+    checkpoints.close()
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(state.params["token_emb.embedding"], kept.params["token_emb.embedding"])

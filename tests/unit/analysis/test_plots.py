@@ -41,6 +41,13 @@ def test_any_name_can_be_drawn(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_perplexity_that_is_null_has_no_point(tmp_path):
+    """In metrics.jsonl null stands for one beyond what a float can hold."""
+    reports = [{"step": i, "val_loss": 1e3 - i, "val_ppl": ppl} for i, ppl in enumerate((None, 9.0, 8.0))]
+    learning_curves(tmp_path / "curves.png", "t", [(0, 2.0, 1.0, 1e-3)], reports)
+    assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0.01
+
+
 @pytest.fixture(scope="module")
 def gradient_plots(tmp_path_factory):
     """Plots of a gradient of 0, a NaN and a healthy one: of all three, of the first two, of the last."""

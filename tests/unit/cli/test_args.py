@@ -32,7 +32,7 @@ def test_the_configuration_in_the_flags():
     [
         (["--stepz", "5"], "Unrecognized options: --stepz, 5 Perhaps you meant: --steps INT"),
         (["--steps"], "Missing value for argument '--steps'. Expected 1 values."),
-        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["--steps", "many"], "Error parsing --steps: 'many': give a whole number, in at most 18 digits 0 to 9"),
         (
             ["--optimizer", "lion"],
             "invalid choice 'lion' for argument '--optimizer'. Expected one of ('adamw', 'adam',",
@@ -47,6 +47,30 @@ def test_a_message_of_tyro_is_one_plain_line(args, message):
     assert text.startswith(message)
     assert not set("│╭╮╰╯─\n\x1b") & set(text)
     assert "full helptext" not in text
+
+
+# Python's int and float take these; the last of each are too long, and hexadecimal.
+NO_INTEGERS = ["\u0663", "1_000", " 7", "7 ", "7\n", "\uff17", "", "1.0", "1" * 19]
+NO_NUMBERS = ["\u0663", "1_0.5", " 1", "1 ", "\uff17", "", ".", "infinity", "0x1"]
+
+
+@pytest.mark.parametrize(
+    "option, text",
+    [
+        *((option, text) for option in ("--seed", "--model.n-layer") for text in NO_INTEGERS),
+        *((option, text) for option in ("--lr", "--weight-decay", "--model.dropout") for text in NO_NUMBERS),
+    ],
+)
+def test_numbers_are_ascii_digits(option, text):
+    with pytest.raises(UserError, match=f"(?s)Error parsing {option}.*: give a .*number, in .*digits 0 to 9"):
+        parse(f"{option}={text}")
+
+
+def test_numbers_in_their_usual_forms():
+    flags = parse("--seed=+7", "--lr=1e-3", "--weight-decay=.5", "--eps=1.", "--clip=2E+0", "--min-lr=0")
+    assert (flags.seed, flags.lr, flags.weight_decay, flags.eps, flags.clip, flags.min_lr) == (7, 1e-3, 0.5, 1, 2, 0)
+    with pytest.raises(UserError, match="--lr inf: give a positive number"):
+        parse("--lr", "inf")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -87,7 +87,8 @@ def test_a_signal_is_forwarded_and_its_handler_restored():
 @pytest.fixture
 def stand_in(trained, monkeypatch):
     """Makes the training command a script: it leaves a finished run at --lr 0.01, diverges at 1, fails at 2, is refused
-    at 3, and at 4 sends its parent SIGTERM."""
+    at 3, and at 4 sends its parent SIGTERM; at 5 and 6 SIGUSR1, which it waits for: then at 5 it stops without having
+    finished, as after a checkpoint, and at 6 it finishes."""
     script = f"""
 import os, shutil, signal, sys, time
 lr = next(word for word in sys.argv if word.startswith("--lr=")).removeprefix("--lr=")
@@ -101,6 +102,11 @@ if lr == "3":
 if lr == "4":
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
+if lr in "56":
+    os.kill(os.getppid(), signal.SIGUSR1)
+    signal.sigwait({{signal.SIGUSR1}})  # it was started with the signal held back
+if lr == "5":
+    sys.exit(0)
 shutil.copytree({str(trained)!r}, sys.argv[-1])  # --out-dir is given last
 """
     monkeypatch.setattr(compare, "TRAIN_COMMAND", python(script))
@@ -110,8 +116,9 @@ shutil.copytree({str(trained)!r}, sys.argv[-1])  # --out-dir is given last
 def compare_rates(cli, stand_in, text_file, tmp_path):
     """Runs `jaxgpt compare` with some learning rates; returns the finished command and the statuses by rate."""
 
-    def run(*rates):
-        done = cli("compare", "--dataset", f"file:{text_file}", "--lr", ",".join(rates), "--out-dir", tmp_path / "c")
+    def run(*rates, more=()):
+        line = ["--dataset", f"file:{text_file}", "--lr", ",".join(rates), "--out-dir", tmp_path / "c", *more]
+        done = cli("compare", *line)
         path = tmp_path / "c" / "comparison.json"
         rows = json.loads(path.read_text())["variants"] if path.exists() else []
         return done, {row["label"].removeprefix("lr="): row["status"] for row in rows}
@@ -142,6 +149,20 @@ def test_the_first_is_refused(compare_rates, tmp_path):
     done, statuses = compare_rates("3", "0.01")
     assert done.returncode == 2 and done.stderr == "error: jaxgpt train was refused; its lines say why\n"
     assert not statuses and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("rate, status", [("5", "unfinished"), ("6", "finished")])
+def test_a_warning_signal_stops_it_with_exit_code_0(compare_rates, rate, status):
+    """Whether the run stops too, or has just finished."""
+    done, statuses = compare_rates("0.01", rate, "1")
+    assert done.returncode == 0 and not done.stderr
+    assert statuses == {"0.01": "finished", rate: status, "1": "unfinished"}
+    assert f"stopped after {1 + (rate == '6')} of 3 runs" in done.stdout
+
+
+def test_with_on_warning_signal_continue_it_goes_on(compare_rates):
+    done, statuses = compare_rates("6", "1", more=["--on-warning-signal=continue"])
+    assert done.returncode == 0 and statuses == {"6": "finished", "1": "diverged"}
 
 
 def test_a_stop_is_recorded(compare_rates, tmp_path):

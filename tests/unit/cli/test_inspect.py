@@ -18,7 +18,7 @@ from conftest import ROOT
         (["--surprise", "lax"], ["--surprise", "'x'", "not in the vocabulary"]),
         (["--attention", "la", "--out", "/tmp"], ["--out /tmp", ".png"]),
         (["--attention", "la", "--out", "maps.jpg"], ["--out maps.jpg", ".png"]),
-        (["--attention", "la", "--out", "no/such/maps.png"], ["--out no/such/maps.png", "does not exist"]),
+        (["--attention", "la", "--out", "no/such/maps.png"], ["--out no/such/maps.png", "no such folder"]),
         (["--attention", "la", "--data-dir", "x"], ["--data-dir", "--gradients"]),
         (["--gradients", "--checkpoint", "first"], ["--checkpoint"]),
         (["--gradients", "--level", "op"], ["--level", "--graph"]),

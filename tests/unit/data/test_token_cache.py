@@ -1,6 +1,8 @@
 """Tokenizing a corpus: its documents, its splits, its limits, and the cache."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +182,43 @@ def test_a_damaged_cache_is_made_again_with_one_line(cached, damage):
     assert [s.tolist() for s in split_tokens(corpus, t, config_of(), said.append)] == first
     assert len(said) == 1 and "damaged; tokenising again" in said[0]
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["null", "[]", '["all"]', "3", '{"all": null}', '{"all": {"dtype": "|O"}}', "[" * 10**5, "\xff", "{}" * 2**20],
+)
+def test_a_damaged_index_is_made_again_with_one_line(cached, index):
+    corpus, t, folder, first = cached
+    (folder / "index.json").write_text(index, encoding="latin-1")
+    said = []
+    assert [s.tolist() for s in split_tokens(corpus, t, config_of(), said.append)] == first
+    assert len(said) == 1 and "damaged; tokenising again" in said[0]
+
+
+@pytest.mark.parametrize("name", ["index.json", "all.bin", "all.ends.npy"])
+@pytest.mark.parametrize("what", ["fifo", "zero", "folder", "unreadable"])
+def test_what_is_no_file_in_the_cache_is_replaced(cached, name, what):
+    """Opening a FIFO would wait for its other end, reading /dev/zero would never end."""
+    corpus, t, folder, first = cached
+    path = folder / name
+    path.unlink()
+    make = {"fifo": os.mkfifo, "zero": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}
+    make.get(what, lambda path: path.symlink_to(path))(path)
+    said = []
+    assert [s.tolist() for s in split_tokens(corpus, t, config_of(), said.append)] == first
+    assert all("damaged; tokenising again" in line for line in said) and path.is_file()
+
+
+def test_neither_a_cache_nor_a_temporary_folder_is_one_line(documents, documents_bpe, own_cache, monkeypatch):
+    own_cache.parent.write_text("a file in the place of the folder")
+
+    def fail(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(token_cache.tempfile, "mkdtemp", fail)
+    with pytest.raises(UserError, match="--dataset .*: no room for its tokens.*set XDG_CACHE_HOME"):
+        split_tokens(documents, documents_bpe, config_of())
 
 
 def test_other_data_or_another_tokenizer_has_a_cache_of_its_own(cached, tmp_path):

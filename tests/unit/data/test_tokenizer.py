@@ -1,6 +1,7 @@
 """Tokenizers: round trips, vocabularies, what cannot be encoded, the files that hold them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.data.samples import SHARED, load_file
 
-from jaxgpt.data import tokenizer
+from jaxgpt.data import readers, tokenizer
 from jaxgpt.data.corpora import corpus_from_text
 from jaxgpt.data.files import NotAvailable
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, decode, make_tokenizer, sample_prompt
@@ -96,8 +97,57 @@ def test_byte_pairs_are_trained_once(own_cache):
     assert tokenizer.same(first, make_tokenizer("bpe:280", corpus, None, said.append))
     assert [line.split()[0] for line in said] == ["training", "the"]  # once, and fewer entries than asked for
     (cached,) = (own_cache / "tokenizers").iterdir()
-    cached.write_text(cached.read_text()[:50])
-    assert tokenizer.same(first, make_tokenizer("bpe:280", corpus, None, said.append)) and len(said) == 4
+    whole = cached.read_text()
+    for damage in (whole[:50], whole.replace('"some"', '"sxme"'), "null", "[]", '{"kind": "bpe"}', "[" * 10**5):
+        assert damage != whole
+        cached.write_text(damage)
+        said.clear()
+        assert tokenizer.same(first, make_tokenizer("bpe:280", corpus, None, said.append))
+        assert "is damaged; training the vocabulary again" in said[0] and len(said) == 3
+        assert cached.read_text() == whole
+    cached.unlink()
+    os.mkfifo(cached)
+    assert tokenizer.same(first, make_tokenizer("bpe:280", corpus, None, said.append)) and cached.is_file()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        {},
+        {"kind": None},
+        {"kind": "char"},
+        {"kind": "char", "chars": ""},
+        {"kind": "char", "chars": ["a", "b"]},
+        {"kind": "char", "chars": "ba"},
+        {"kind": "gpt2", "folder": 3},
+        {"kind": "bpe", "model": {}},
+        {"kind": "bpe", "model": None},
+        {"kind": "word"},
+    ],
+)
+def test_json_of_no_tokenizer_is_a_value_error(values):
+    with pytest.raises(ValueError):
+        tokenizer.from_json(values)
+
+
+def test_ids_with_gaps_are_no_tokenizer(bpe):
+    values = bpe.to_json()
+    values["model"]["model"]["vocab"]["\u0100\u0100"] = 10**6
+    with pytest.raises(ValueError, match="ids of the tokens"):
+        tokenizer.from_json(values)
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(bpe, monkeypatch):
+    text = "some words, and others " * 300
+    whole = bpe.encode(text).tolist()
+    monkeypatch.setattr(readers, "PIECE_CHARS", 100)
+    longest = []
+    ordinary = bpe._encode_ordinary
+    monkeypatch.setattr(bpe, "_encode_ordinary", lambda piece: longest.append(len(piece)) or ordinary(piece))
+    assert bpe.encode(text).tolist() == whole
+    assert max(longest) < 200 and bpe.encode("").tolist() == []
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(own_cache):

@@ -7,7 +7,7 @@ from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data.corpora import load_corpus
 from jaxgpt.interop import import_export, safetensors, torch_names
 from jaxgpt.model import gpt
-from jaxgpt.runs import checkpoint
+from jaxgpt.runs.checkpoint import Checkpoints
 
 
 def test_an_interrupted_import_leaves_no_run(monkeypatch, text, text_file, tmp_path):
@@ -19,7 +19,7 @@ def test_an_interrupted_import_leaves_no_run(monkeypatch, text, text_file, tmp_p
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
     params = gpt.init_params(jax.random.key(0), model, len(set(text)), gpt.Numerics())
     safetensors.write([("--out", tmp_path / "w", torch_names.to_torch(params))])
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
     corpus = load_corpus(f"file:{text_file}", None, print)
     config = TrainConfig(dataset=corpus.name, batch_size=8, model=model)
     out = tmp_path / "run"

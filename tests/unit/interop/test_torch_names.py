@@ -1,11 +1,14 @@
 """Tensor names and layouts: GPT-2's names, and the optimizer's step."""
 
+import jax
 import numpy as np
 import optax
 import pytest
 
+from jaxgpt.config import TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.interop import torch_names
+from jaxgpt.optimizer import make_optimizer
 
 
 def gpt2_weights(conv1d: bool, prefix: str) -> dict[str, np.ndarray]:
@@ -45,3 +48,16 @@ def test_the_step_must_be_one_whole_number(step):
     like = optax.ScaleByScheduleState(np.int32(0))
     with pytest.raises(UserError, match="one whole number of updates is needed"):
         torch_names.optimizer_from_torch({"step": np.array(step)}, like)
+
+
+def test_counts_of_skipped_updates_stay_on_this_side():
+    """PyTorch's state has no place for them; the updates applied are the step."""
+    config, params = TrainConfig(on_nonfinite="skip"), {"ln_f.bias": np.ones(2, np.float32)}
+    tx = make_optimizer(config)
+    _, state = tx.update({"ln_f.bias": np.float32([1, 2])}, tx.init(params), params, value=np.float32(1))
+    _, state = tx.update({"ln_f.bias": np.float32([np.inf, 2])}, state, params, value=np.float32(1))
+    tensors = torch_names.optimizer_to_torch(state)
+    assert set(tensors) == {"step", "exp_avg.ln_f.bias", "exp_avg_sq.ln_f.bias"} and tensors["step"] == 1
+    back = torch_names.optimizer_from_torch(tensors, state)
+    jax.tree.map(np.testing.assert_array_equal, back.optimizer, state.optimizer)
+    assert (back.applied, back.skipped, back.in_a_row, back.norm_mean) == (0, 0, 0, 0)

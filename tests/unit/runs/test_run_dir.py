@@ -53,7 +53,7 @@ def test_a_run_that_cannot_be_begun_does_not_keep_the_lock(create, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "write_json", full)
+        patch.setattr(run_dir.files, "write_json", full)
         with pytest.raises(UserError, match="No space left on device"):
             create()
     create().close()
