@@ -95,6 +95,7 @@ def main() -> None:
     from jaxgpt.runs.checkpoint import Checkpoints
     from jaxgpt.runs.run_dir import RunDir
     from jaxgpt.tasks.language_modeling import LanguageModelingTask
+    from jaxgpt.trainer import Trainer
 
     profiler = LoopProfiler(Path(path), float(interval_seconds))
     profiler.instrument(Executor, "train_steps", lambda self, state, source, n: "steps" if n else "compiling")
@@ -106,22 +107,23 @@ def main() -> None:
     )
     for owner, name, part in (
         (Checkpoints, "save", "checkpoints"),
-        (Checkpoints, "wait", "checkpoints"),
+        (Trainer, "_require_finite_state", "checkpoints"),
+        (Trainer, "_finish_saves", "checkpoints"),
         (RunDir, "append_steps", "records"),
         (RunDir, "append", "records"),
     ):
         profiler.instrument(owner, name, lambda *args, part=part, **kwargs: part)
-    timed_append, timed_wait = RunDir.append_steps, Checkpoints.wait
+    timed_append, timed_finish = RunDir.append_steps, Trainer._finish_saves
 
     def append_steps(self: RunDir, rows: list[Any]) -> None:
         timed_append(self, rows)
         profiler.on_dispatch(len(rows))
 
-    def wait(self: Checkpoints) -> None:
-        timed_wait(self)
+    def finish_saves(self: Trainer) -> None:
+        timed_finish(self)
         profiler.on_train_end()
 
-    RunDir.append_steps, Checkpoints.wait = append_steps, wait
+    RunDir.append_steps, Trainer._finish_saves = append_steps, finish_saves
     sys.argv = ["jaxgpt train", *arguments]
     script("train")
 

@@ -19,6 +19,7 @@ from jaxgpt.parallel import Executor
 from jaxgpt.runs import files
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.run_dir import RunDir
+from jaxgpt.runtime import long_step_note
 from jaxgpt.signals import exit_code, stop_signals, warning_signals
 from jaxgpt.train_step import TrainState
 from jaxgpt.versions import versions
@@ -50,6 +51,7 @@ class Task(Protocol):
 def run_training(
     run: RunDir,
     executor: Executor,
+    headline: str,
     make_task: Callable[[], Task],
     first_state: Callable[[], TrainState],
     callbacks: Sequence[Callback],
@@ -59,9 +61,10 @@ def run_training(
 ) -> int:
     """Trains to the end, or until a signal stops it or standard output is lost; saves before it returns or raises.
 
-    A run resumes from its last checkpoint.
+    A run resumes from its last checkpoint; a finished one is left as it is.
 
     Args:
+        headline: what is trained on what, for a person.
         first_state: the state of a run that has no checkpoint yet.
         callbacks: beside those of the task.
         say: takes lines for a person.
@@ -76,6 +79,15 @@ def run_training(
         BrokenPipeError: nobody reads standard output any more.
         LossNotFinite: a loss, a gradient norm or the state is not finite; the checkpoints hold earlier states.
     """
+    if run.finished:
+        say(f"{run.path}: finished already; --overwrite starts again")
+        return 0
+    if run.problem:
+        say(f"{run.path}: {run.problem}; making it anew")
+    say(headline)
+    say(f"run folder: {run.path}")
+    if note := long_step_note(executor):
+        say(note)
     checkpoints = Checkpoints(run, run.config.keep_checkpoints)
     task = None
     try:

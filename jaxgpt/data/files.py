@@ -25,6 +25,7 @@ import platformdirs
 from jaxgpt.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+PARTIAL = ".partial"  # the end of the temporary name of a file that is being written
 PIECE_BYTES = 2**20  # a file is read this much at a time, because a corpus may be larger than the memory
 DOWNLOAD_RETRIES = 2  # after a failed connection or a wrong digest; pooch waits 1 s, then 2 s
 PROBE_SECONDS = 3.0
@@ -322,13 +323,15 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
     If the block raises, it removes the temporary file. One process may write `path` at a time.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)  # a link there would be followed
     try:
         yield partial
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that is raised already says more
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxgpt.data.files import PARTIAL
 from jaxgpt.errors import DamagedRun, UserError
 from jaxgpt.runs import files, manifest
 from jaxgpt.runs.files import Unreadable
@@ -85,7 +86,7 @@ class Checkpoints:
             UserError: this checkpoint, or the one before it, could not be written.
         """
         assert self._thread is not None
-        self._finish_saving()
+        self.wait()
         step, known = int(state.step), self.steps()
         if step in known:
             return
@@ -102,13 +103,10 @@ class Checkpoints:
             self._saving = self._thread.submit(self._write, copied, content)
             if not known:
                 # From here on, recorded steps without a checkpoint tell that checkpoints were lost (status.py).
-                self._finish_saving()
+                self.wait()
 
     def wait(self) -> None:
         """Waits until the save in the background is complete. Raises `UserError` if it could not be written."""
-        self._finish_saving()
-
-    def _finish_saving(self) -> None:
         saving, self._saving = self._saving, None
         with _reported_as_user_error(self.folder, "could not be written"):
             if saving is not None:
@@ -116,7 +114,7 @@ class Checkpoints:
 
     def _write(self, state: TrainState, content: Manifest) -> None:
         path = self.path(content.step)
-        partial_path = path.with_name(path.name + files.PARTIAL)
+        partial_path = path.with_name(path.name + PARTIAL)
         try:
             shutil.rmtree(partial_path, ignore_errors=True)
             partial_path.mkdir()
@@ -126,7 +124,7 @@ class Checkpoints:
             content = dataclasses.replace(content, files=manifest.digest_files(partial_path, names))
             manifest.write(partial_path / manifest.NAME, content)
             os.rename(partial_path, path)
-            files.fsync_folder(self.folder)
+            files.fsync(self.folder)
         except BaseException:
             shutil.rmtree(partial_path, ignore_errors=True)
             raise
@@ -134,11 +132,14 @@ class Checkpoints:
 
     def _keep_up_to(self, step: int) -> None:
         """Removes the checkpoints not to be kept, and all after a step. Before that, manifest.json lists the others."""
-        steps = [saved for saved in self.steps() if saved <= step]
-        readable = [saved for saved in steps if self._damage(saved) is None]
-        kept = {*readable[-self._keep :], self._best(readable)}
+        steps, losses = self.steps(), {}
+        for saved in steps:
+            if saved <= step:
+                with contextlib.suppress(DamagedRun):  # one that nobody can use
+                    losses[saved] = self._val_loss(saved)
+        kept = {*list(losses)[-self._keep :], _best(losses)}
         self.run.write_manifest(step, [saved for saved in steps if saved in kept])
-        for saved in self.steps():
+        for saved in steps:
             if saved not in kept:
                 self._remove(saved)
 
@@ -155,18 +156,13 @@ class Checkpoints:
         The later ones are damaged, and `restore_last` has told so; `say` receives a line for each of the others.
         """
         for saved in self.steps():
-            if saved < step and (damage := self._damage(saved)):
-                say(f"{damage}; removing it")
+            try:
+                if saved < step:
+                    self.manifest(saved)
+            except DamagedRun as e:
+                say(f"{e}; removing it")
         with _reported_as_user_error(self.folder, "could not be removed"):
             self._keep_up_to(step)
-
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with the manifest of a checkpoint, if anything."""
-        try:
-            self.manifest(step)
-        except DamagedRun as e:
-            return str(e)
-        return None
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -199,25 +195,20 @@ class Checkpoints:
         if missing:
             raise DamagedRun(f"{self.path(missing[-1])} is missing, and may be the best; try --checkpoint last")
         try:
-            return self._best(steps)
+            return _best({step: self._val_loss(step) for step in steps})
         except DamagedRun as e:
             raise DamagedRun(f"{e}, and may be the best; try --checkpoint last") from None
-
-    def _best(self, steps: list[int]) -> int | None:
-        losses = {step: loss for step in steps if (loss := self._val_loss(step)) is not None}
-        return min(losses, key=lambda step: (losses[step], -step)) if losses else steps[-1] if steps else None
 
     def stopped_early(self) -> bool:
         """Whether the run stopped early, so that the best of its states is its result."""
         steps = self.steps()
-        with contextlib.suppress(DamagedRun):  # told when it is read
+        try:
             if steps and (found := self.manifest(steps[-1])):
                 return found.stopped_early
-            try:  # of a run from before there were manifests
-                return "stopped_early" in files.read_json(self.run.path / "summary.json", dict)
-            except (FileNotFoundError, Unreadable):
-                return False
-        return False
+            # A run from before there were manifests.
+            return "stopped_early" in files.read_json(self.run.path / "summary.json", dict)
+        except (DamagedRun, FileNotFoundError, Unreadable):  # a damaged checkpoint is told when it is read
+            return False
 
     def restore(self, step: int, like: TrainState, records: bool = False) -> TrainState:
         """The state of a step.
@@ -302,6 +293,12 @@ class Checkpoints:
         return None
 
 
+def _best(losses: dict[int, float | None]) -> int | None:
+    """The step of the lowest validation loss, the last of equals; the last step if none was measured."""
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(measured, key=lambda step: (measured[step], -step)) if measured else max(losses, default=None)
+
+
 def _fsync_all(folder: Path) -> list[str]:
     """Forces all files below a folder, and the folders, to the disk; returns the files' paths below it."""
     names = []
@@ -309,7 +306,7 @@ def _fsync_all(folder: Path) -> list[str]:
         for name in inner:
             names.append(os.path.relpath(os.path.join(parent, name), folder))
             files.fsync(Path(parent, name))
-        files.fsync_folder(Path(parent))
+        files.fsync(Path(parent))
     return names
 
 

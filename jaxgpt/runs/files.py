@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from jaxgpt import strict_json
-from jaxgpt.data.files import read_small
+from jaxgpt.data.files import atomic_replace, read_small
 from jaxgpt.errors import UserError
 
 MAX_BYTES = 2**27  # of a file that is read as a whole: a vocabulary of a million byte pairs has 50 MB
-PARTIAL = ".partial"  # the end of a temporary name
 
 Value = TypeVar("Value")
 
@@ -57,29 +56,17 @@ def decode_json(content: bytes, kind: type[Value], name: str) -> Value:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def open_new(path: Path) -> int:
-    """A descriptor of a new, empty file in place of any file at `path`; a link there is removed, not followed."""
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes the file completely or not at all, and durably: it and its name are on the disk at return.
 
     Raises:
         OSError: it cannot be written. What was there is left as it was.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(open_new(partial), "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError:
-        remove_quietly(partial)
-        raise
-    fsync_folder(path.parent)
+    with atomic_replace(path) as partial, partial.open("xb") as f:  # x: a new file, no link is followed
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -120,20 +107,9 @@ def truncate(path: Path, size: int) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
+    """Forces a file to the disk, or the names in a folder: a new name is not there before its folder is."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-fsync_folder = fsync  # a new name is not on the disk before its folder is
-
-
-def remove_quietly(path: Path) -> None:
-    """Removes a file if that is possible."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        pass

@@ -123,3 +123,11 @@ def read(path: Path) -> Manifest:
     if digest(bytes(envelope.manifest)) != envelope.xxh3_128:
         raise Unreadable(f"{path.name} is not as it was written")
     return files.decode_json(bytes(envelope.manifest), Manifest, path.name)
+
+
+def read_if_sound(path: Path) -> Manifest | None:
+    """The manifest in a file; None if there is none, or it is not as it was written."""
+    try:
+        return read(path)
+    except (FileNotFoundError, Unreadable):
+        return None

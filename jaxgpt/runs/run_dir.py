@@ -26,7 +26,7 @@ from jaxgpt import strict_json
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.files import atomic_replace
+from jaxgpt.data.files import PARTIAL, atomic_replace
 from jaxgpt.data.labeled import LabeledTexts
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import DamagedRun, UserError, flag
@@ -46,6 +46,7 @@ from jaxgpt.runs.status import (
     checkpoint_steps,
     read_config_and_data,
     run_status,
+    status_by_names,
 )
 
 STEP_FIELDS = ("step", "train_loss", "grad_norm", "lr")
@@ -77,9 +78,14 @@ class RunDir:
         folder = Path(self.source).parent.parent
         return folder if Path(self.source).is_absolute() and folder.is_dir() else None
 
+    @property
+    def config_text(self) -> str:
+        """The content of a new run's config.json."""
+        return files.json_text(configs.to_json(self.config))
+
     def complete(self) -> None:
         """Writes config.json, after all else: the folder is a run once it is there."""
-        files.write_json(self.path / "config.json", configs.to_json(self.config))
+        files.write_text(self.path / "config.json", self.config_text)
 
     def finish(self, step: int) -> None:
         """Writes the manifest of the finished run, after all else: its presence says that the run is complete."""
@@ -96,10 +102,7 @@ class RunDir:
 
     def read_manifest(self) -> Manifest | None:
         """The content of manifest.json; None if there is none, or it is damaged."""
-        try:
-            return manifest.read(self.path / manifest.NAME)
-        except (FileNotFoundError, Unreadable):
-            return None
+        return manifest.read_if_sound(self.path / manifest.NAME)
 
     def discard(self) -> None:
         """Removes the files of a run that could not make its first step."""
@@ -178,8 +181,8 @@ class RunDir:
         for name in self._record_names():
             files.fsync(self.path / name)
         if self._map_names():
-            files.fsync_folder(self.path / "attention")
-        files.fsync_folder(self.path)
+            files.fsync(self.path / "attention")
+        files.fsync(self.path)
 
     def digest_records(self) -> dict[str, FileDigest]:
         """The digests of the records as they are now, by their path in the run folder."""
@@ -248,16 +251,17 @@ def create(
     except UnicodeEncodeError:
         raise UserError(f"--out-dir {str(path)!r}: not valid UTF-8; choose another name") from None
     try:
-        before = run_status(path)
-        if before.state == "foreign":
+        before = status_by_names(path)
+        if before and before.state == "foreign":
             raise UserError(
                 f"--out-dir {path}: holds files that are no run ({before.problem}); choose an empty or new folder"
             )
         path.mkdir(parents=True, exist_ok=True)
-        files.fsync_folder(path.parent)
+        files.fsync(path.parent)
         run = replace(run, lock=_lock(path))
         try:
-            return _begin_or_resume(run, corpus, before.state == "new", overwrite, complete, base)
+            was_new = before is not None and before.state == "new"
+            return _begin_or_resume(run, corpus, was_new, overwrite, complete, base)
         except BaseException:
             run.close()
             raise
@@ -283,24 +287,23 @@ def _begin_or_resume(
             f"--out-dir {path}: {status.problem}; bring that back, choose another folder, or --overwrite to start again"
         )
     tokenizer_values = run.tokenizer.to_json()
+    tokenizer_digest = {"tokenizer.json": _tokenizer_digest(tokenizer_values)}
     if status.state == "new" or overwrite:
         _remove_run(path)
         files.write_json(path / "tokenizer.json", tokenizer_values)
         record = DataRecord(
             corpus.name, corpus.sha256, corpus.source, run.labels, Base(**base) if base else None, FORMAT
         )
-        files.write_json(path / "data.json", msgspec.to_builtins(record))
+        texts = {"config.json": run.config_text, "data.json": files.json_text(msgspec.to_builtins(record))}
+        files.write_text(path / "data.json", texts["data.json"])
         if complete:
             run.complete()
-        contents = {"config.json": files.json_text(configs.to_json(run.config)).encode()}
-        digests = {"config.json": manifest.digest(contents["config.json"]), "data.json": _digest(path / "data.json")}
-        return replace(run, identity=digests | {"tokenizer.json": _tokenizer_digest(tokenizer_values)})
+        digests = {name: manifest.digest(text.encode()) for name, text in texts.items()}
+        return replace(run, identity=digests | tokenizer_digest)
     data, digests = _require_same(run, base)
-    _remove_partial_files(path)
-    files.write_json(path / "tokenizer.json", tokenizer_values)  # it may have been damaged
     run = replace(
         run,
-        identity=digests | {"tokenizer.json": _tokenizer_digest(tokenizer_values)},
+        identity=digests | tokenizer_digest,
         has_manifests=data.format > 1,
         finished=status.state == "finished",
         problem=status.problem,
@@ -308,6 +311,8 @@ def _begin_or_resume(
     written = run.read_manifest()
     if written and (changed := changed_file(written, run.identity)):
         raise DamagedRun(f"--out-dir {path}: {changed}; bring it back, or --overwrite to start again")
+    _remove_partial_files(path)
+    files.write_json(path / "tokenizer.json", tokenizer_values)  # it may have been damaged
     return run
 
 
@@ -336,10 +341,8 @@ def open_run(path: Path) -> RunDir:
         config, data, digests = read_config_and_data(path)
         values = files.read_json(path / "tokenizer.json", dict)
         identity = digests | {"tokenizer.json": _tokenizer_digest(values)}
-        try:
-            written = manifest.read(path / manifest.NAME)
-        except (FileNotFoundError, Unreadable):  # each checkpoint has its own, which are checked when it is read
-            written = None
+        # Without it, or if it is damaged, each checkpoint still has its own, which is checked when that is read.
+        written = manifest.read_if_sound(path / manifest.NAME)
         if written and (changed := changed_file(written, identity)):
             raise DamagedRun(f"{where}: {changed}; bring it back")
         tokenizer = tokenizers.from_json(values)
@@ -352,10 +355,6 @@ def _tokenizer_digest(values: dict[str, Any]) -> str:
     return manifest.digest(strict_json.dumps(tokenizers.identity(values), sort_keys=True).encode())
 
 
-def _digest(path: Path) -> str:
-    return manifest.digest(files.read_bytes(path))
-
-
 @contextlib.contextmanager
 def _readable(flag_and_path: str, remedy: str) -> Iterator[None]:
     """Reports what reading damaged files raises as a `UserError`."""
@@ -365,7 +364,7 @@ def _readable(flag_and_path: str, remedy: str) -> Iterator[None]:
         raise e if str(e).startswith(flag_and_path) else UserError(f"{flag_and_path}: {e}; {remedy}") from None
     except FileNotFoundError as e:
         raise UserError(f"{flag_and_path}: {Path(e.filename).name} is missing; {remedy}") from None
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{flag_and_path}: not readable as a run ({type(e).__name__}: {e}); {remedy}") from None
 
 
@@ -387,7 +386,7 @@ def _loadable_tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer of the run in a folder, or None if its file is damaged; a resumed run writes the file again."""
     try:
         return tokenizers.from_json(files.read_json(path / "tokenizer.json", dict))
-    except (OSError, UserError, KeyError, ValueError):
+    except (OSError, UserError, ValueError):
         return None
 
 
@@ -458,8 +457,8 @@ def _remove_run(path: Path) -> None:
 def _remove_partial_files(path: Path) -> None:
     """Removes what writes that a kill cut short have left."""
     for name in WRITTEN_FILES:
-        (path / (name + files.PARTIAL)).unlink(missing_ok=True)
-    for file in (path / "attention").glob("*" + files.PARTIAL):
+        (path / (name + PARTIAL)).unlink(missing_ok=True)
+    for file in (path / "attention").glob("*" + PARTIAL):
         file.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from jaxgpt import config as configs
 from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.data.files import PARTIAL
 from jaxgpt.errors import UserError
 from jaxgpt.runs import files, manifest
 from jaxgpt.runs.files import Unreadable
@@ -25,7 +26,7 @@ FOLDERS = {  # and the names in them
     "inspect": re.compile(r"(gradients|attention|surprise)\.png(\.partial)?"),
 }
 LOCK = ".lock"
-OWN_NAMES = {*WRITTEN_FILES, *(name + files.PARTIAL for name in WRITTEN_FILES), *FOLDERS, LOCK}
+OWN_NAMES = {*WRITTEN_FILES, *(name + PARTIAL for name in WRITTEN_FILES), *FOLDERS, LOCK}
 CHECKPOINT_NAME = re.compile(r"0|[1-9]\d{0,15}")
 
 
@@ -68,6 +69,22 @@ def run_status(path: Path) -> RunStatus:
     Raises:
         OSError: the folder cannot be read.
     """
+    if by_names := status_by_names(path):
+        return by_names
+    try:
+        return _status_of_run(path)
+    except FileNotFoundError as e:
+        return RunStatus("damaged", f"{Path(e.filename).name} is missing")
+    except UserError as e:
+        return RunStatus("damaged", str(e))
+
+
+def status_by_names(path: Path) -> RunStatus | None:
+    """The part of `run_status` that reads no file; None if the folder holds a run.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     try:
         entries = {entry.name: entry for entry in os.scandir(path)}
     except FileNotFoundError:
@@ -79,12 +96,7 @@ def run_status(path: Path) -> RunStatus:
     if "config.json" not in entries:
         parts = _traces(path)
         return RunStatus("damaged", f"config.json is missing beside {', '.join(parts)}") if parts else RunStatus("new")
-    try:
-        return _status_of_run(path)
-    except FileNotFoundError as e:
-        return RunStatus("damaged", f"{Path(e.filename).name} is missing")
-    except UserError as e:
-        return RunStatus("damaged", str(e))
+    return None
 
 
 def _status_of_run(path: Path) -> RunStatus:
@@ -170,12 +182,12 @@ def _of_wrong_kind(entries: "dict[str, os.DirEntry[str]]") -> Iterator[str]:
                 yield f"{name} is no regular file"
         elif not entry.is_dir(follow_symlinks=False):
             yield f"{name} is no folder"
-        elif name == "checkpoints":
-            inner = (file for file in os.scandir(entry.path) if not file.is_dir(follow_symlinks=False))
-            yield from (f"{name}/{file.name} is no folder" for file in inner)
         else:
-            inner = (file for file in os.scandir(entry.path) if not file.is_file(follow_symlinks=False))
-            yield from (f"{name}/{file.name} is no regular file" for file in inner)
+            for inner in os.scandir(entry.path):
+                if name == "checkpoints" and not inner.is_dir(follow_symlinks=False):
+                    yield f"{name}/{inner.name} is no folder"
+                elif name != "checkpoints" and not inner.is_file(follow_symlinks=False):
+                    yield f"{name}/{inner.name} is no regular file"
 
 
 def _traces(path: Path) -> list[str]:

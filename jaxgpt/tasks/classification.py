@@ -26,7 +26,7 @@ from jaxgpt.progress import ProgressDisplay
 from jaxgpt.runs import run_dir
 from jaxgpt.runs.restore import restore_language_model
 from jaxgpt.runs.run_dir import RunDir
-from jaxgpt.runtime import build_executor, long_step_note
+from jaxgpt.runtime import build_executor
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
@@ -75,19 +75,11 @@ def finetune(
     folder = out_dir or run_dir.default_run_dir(config.dataset, f"finetune-{config.pool}")
     begun = run_dir.create(folder, config, tokenizer, data, overwrite, labels=data.labels, base=given)
     with contextlib.closing(begun) as run:
-        if run.finished:
-            display.line(f"{run.path}: finished already; --overwrite starts again")
-            return 0
-        if run.problem:
-            display.line(f"{run.path}: {run.problem}; making it anew")
-        display.line(
+        headline = (
             f"{data.name} ({len(train):,} texts to train on and {len(data.test):,} to test on, "
             f"{len(data.labels)} classes) "
             f"from {base} after {base_step} steps, on {executor.describe_devices()} in {config.dtype}"
         )
-        display.line(f"run folder: {run.path}")
-        if note := long_step_note(executor):
-            display.line(note)
 
         def first_state() -> TrainState:
             state = executor.init_state()
@@ -100,7 +92,7 @@ def finetune(
         def make_task() -> ClassificationTask:
             return ClassificationTask(run, executor, splits)
 
-        return run_training(run, executor, make_task, first_state, [display], display.line, started, policy)
+        return run_training(run, executor, headline, make_task, first_state, [display], display.line, started, policy)
 
 
 def digest(params: dict[str, np.ndarray]) -> str:

@@ -31,7 +31,7 @@ from jaxgpt.parallel import Executor
 from jaxgpt.progress import ProgressDisplay
 from jaxgpt.runs import files, run_dir
 from jaxgpt.runs.run_dir import RunDir
-from jaxgpt.runtime import build_language_modeling, long_step_note
+from jaxgpt.runtime import build_language_modeling
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
@@ -73,19 +73,11 @@ def train(
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
     with contextlib.closing(run_dir.create(folder, config, tokenizer, corpus, overwrite)) as run:
-        if run.finished:
-            display.line(f"{run.path}: finished already; --overwrite starts again")
-            return 0
-        if run.problem:
-            display.line(f"{run.path}: {run.problem}; making it anew")
-        display.line(
+        headline = (
             f"{config.preset} on {corpus.name} ({len(data.train_N):,} training and {len(data.val_N):,} validation "
             f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
             f"--parallel {config.parallel}"
         )
-        display.line(f"run folder: {run.path}")
-        if note := long_step_note(executor):
-            display.line(note)
 
         def task() -> LanguageModelingTask:
             made = LanguageModelingTask(run, executor, data, prompt, loader, display.line)
@@ -93,7 +85,9 @@ def train(
                 display.line(summary(executor, made.loader.take(0, 1)))
             return made
 
-        return run_training(run, executor, task, executor.init_state, [display], display.line, started, policy)
+        return run_training(
+            run, executor, headline, task, executor.init_state, [display], display.line, started, policy
+        )
 
 
 class LanguageModelingTask(Task):

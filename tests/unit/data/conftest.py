@@ -24,12 +24,12 @@ def own_cache(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path) -> Path:
-    """A machine without data: no folder has any, and the cache is empty. The working directory is `work`."""
+    """A machine without data: no folder has any, and the cache is empty. The working directory is `place`."""
     monkeypatch.setattr(files, "CHECKOUT", tmp_path / "checkout")
     monkeypatch.delenv("JAXGPT_DATA_DIR", raising=False)
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
     return tmp_path
 
 

@@ -70,7 +70,7 @@ def test_folders_are_searched_in_order(remote, nowhere, monkeypatch):
     remote.path.unlink()  # the network has nothing
     flag, env = nowhere / "flag", nowhere / "env"
     order = [nowhere / "checkout/../shared/data", nowhere / "shared/data", nowhere / "checkout/data"]
-    order += [nowhere / "work/data", env, flag]
+    order += [nowhere / "place/data", env, flag]
     (nowhere / "checkout").mkdir()
     monkeypatch.setenv("JAXGPT_DATA_DIR", str(env))
     flag.mkdir()
@@ -80,11 +80,11 @@ def test_folders_are_searched_in_order(remote, nowhere, monkeypatch):
             put(folder, remote.data)
         found.append(load("tinyshakespeare", flag)[0].source)
     assert found[-1].startswith(str(flag)) and found[-2].startswith(str(env))
-    assert found[-3] == str(nowhere / "work/data/tinyshakespeare/input.txt") and len(set(found)) == 5
+    assert found[-3] == str(nowhere / "place/data/tinyshakespeare/input.txt") and len(set(found)) == 5
 
 
 def test_another_file_in_a_folder_is_refused(remote, nowhere):
-    put(nowhere / "work/data", b"my own text")
+    put(nowhere / "place/data", b"my own text")
     with pytest.raises(UserError, match="another file.*--dataset file:"):
         load("tinyshakespeare")
 
@@ -99,7 +99,7 @@ def test_without_a_network_refused_within_five_seconds(nowhere, monkeypatch, hos
         load("tinyshakespeare")
     assert time.monotonic() - begun < 5
     message = str(e.value)
-    assert "--dataset pydoc" in message and str(nowhere / "work/data") in message and "put the file" in message
+    assert "--dataset pydoc" in message and str(nowhere / "place/data") in message and "put the file" in message
 
 
 # ------------------------------------------------------------------------------------------------------ names and lists
@@ -147,8 +147,8 @@ def test_a_text_file_is_taken_as_it_is(tmp_path):
 
 
 def test_the_name_of_a_file_is_absolute(nowhere):
-    (nowhere / "work/x.txt").write_text("text")
-    assert load("file:x.txt")[0].name == f"file:{nowhere}/work/x.txt"
+    (nowhere / "place/x.txt").write_text("text")
+    assert load("file:x.txt")[0].name == f"file:{nowhere}/place/x.txt"
 
 
 @pytest.mark.parametrize("data, part", [(b"", "empty"), (b"ab\xff", "not UTF-8 text .byte 2.")])

@@ -57,9 +57,9 @@ def test_a_user_without_a_home_has_a_temporary_cache(monkeypatch):
 
 def test_data_folders_come_in_order_and_once(nowhere, own_cache, monkeypatch):
     monkeypatch.setenv("JAXGPT_DATA_DIR", str(nowhere / "env"))
-    monkeypatch.setattr(files, "CHECKOUT", nowhere / "work")  # the working directory is the checkout
+    monkeypatch.setattr(files, "CHECKOUT", nowhere / "place")  # the working directory is the checkout
     found = [os.path.abspath(folder) for folder in data_folders(nowhere / "flag")]
-    expected = ["flag", "env", "work/data", "shared/data", "cache/jaxgpt/data"]
+    expected = ["flag", "env", "place/data", "shared/data", "cache/jaxgpt/data"]
     assert found == [str(nowhere / folder) for folder in expected]
 
 
