@@ -176,6 +176,11 @@ class RunConfig:
     """Of the forward pass; master weights stay float32 (float64 in float64). auto: float32 on CPU, else bfloat16."""
     parallel: Literal["jit", "pmap"] = "jit"
     """How one step spreads over all local devices: a sharded batch in one program, or jax.pmap."""
+    grad_accum: int = 1
+    """Microbatches of an update: a device computes its rows in so many parts, and adds up their gradients."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """What the backward pass recomputes (jax.checkpoint). block: each block from its input, for the least memory. dots:
+    all but the blocks' matrix products."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @property
@@ -194,7 +199,9 @@ class RunConfig:
 
     def check_run(self) -> None:
         """Raises `UserError` for a value out of its range."""
-        require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints")
+        require_at_least(1, self, "batch_size", "checkpoint_every", "keep_checkpoints", "grad_accum")
+        remedy = f"does not divide --batch-size {self.batch_size}; choose a divisor of it"
+        require(self.batch_size % self.grad_accum == 0, "grad_accum", self.grad_accum, remedy)
         require_at_least(0, self, "patience")
         require_at_most(10**6, self, "batch_size")
         require(0 <= self.min_delta < math.inf, "min_delta", self.min_delta, "give 0 or a positive number")

@@ -90,11 +90,11 @@ def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
     if dtype == "auto":
         dtype = "float32" if backend == "cpu" else "bfloat16"
     if dtype == "float64":
-        return Numerics(jnp.float64, jnp.float64)
+        return Numerics(jnp.float64, jnp.float64, remat=config.remat)
     compute_dtype = jnp.dtype(dtype)
     flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(config.model.n_embd // config.model.n_head)
     flash = flash and not config.within_documents  # it knows the causal mask only
-    found = Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla")
+    found = Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla", remat=config.remat)
     if backend == "cpu":
         return found
     # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
@@ -132,7 +132,8 @@ def devices_for(objective: Objective) -> list[Any]:
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
     n_params = sum(math.prod(p.shape) for p in objective.param_shapes.values())
-    return devices[: CPU_TUNING.n_devices(n_params, config.batch_size, config.tokens_per_step, len(devices))]
+    n_rows = config.batch_size // config.grad_accum  # each device has its share of every microbatch
+    return devices[: CPU_TUNING.n_devices(n_params, n_rows, config.tokens_per_step, len(devices))]
 
 
 def one_device(objective: Objective | None = None) -> list[Any]:
@@ -143,7 +144,8 @@ def one_device(objective: Objective | None = None) -> list[Any]:
 def cores_or_one_device(objective: Objective) -> list[Any]:
     """A CPU's cores as in training, so that a run's figures are the same to the last bit; of accelerators one."""
     devices = devices_for(objective)
-    divides = devices[0].platform == "cpu" and objective.config.batch_size % len(devices) == 0
+    config = objective.config
+    divides = devices[0].platform == "cpu" and config.batch_size % (len(devices) * config.grad_accum) == 0
     return devices if divides else devices[:1]
 
 
@@ -166,6 +168,11 @@ class Executor:
             raise UserError(
                 f"--batch-size {config.batch_size}: not divisible by the {len(devices)} devices of this machine; "
                 f"choose a multiple of {len(devices)}"
+            )
+        if config.batch_size % (len(devices) * config.grad_accum):
+            raise UserError(
+                f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // len(devices)} rows that "
+                f"each of {len(devices)} devices has; choose a divisor of that"
             )
         self.objective = objective
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))

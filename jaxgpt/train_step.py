@@ -64,8 +64,8 @@ def train_step(
     def microbatch_loss_and_grads(*microbatch: Array | None) -> Any:  # ((sum of losses, number of them), gradients)
         return jax.value_and_grad(objective.loss_sum, has_aux=True)(state.params, *microbatch)
 
-    row_key_B = objective.dropout_keys(state.step, ctx.local_rows)
-    sums = accumulate(microbatch_loss_and_grads, (*batch, row_key_B), ctx.microbatch_tokens)
+    rows = (*batch, objective.dropout_keys(state.step, ctx.local_rows))
+    sums = accumulate(microbatch_loss_and_grads, rows, ctx.microbatch_tokens, objective.config.grad_accum)
     # All-reduce the sums, divide once, and only then clip: the clip must see the gradient of the whole batch.
     (loss_sum, count), grad_sums = ctx.all_reduce(sums)
     loss, grads = loss_sum / count, jax.tree.map(lambda g: g / count, grad_sums)
@@ -104,7 +104,8 @@ def train_steps(
 def eval_step(objective: Objective, params: Params, batch: tuple[Array, ...], ctx: StepContext) -> Any:
     """The sums of `objective.eval_sums` over the whole batch."""
     rows = objective.eval_batch(batch, ctx.local_rows)
-    return ctx.all_reduce(accumulate(partial(objective.eval_sums, params), rows, ctx.microbatch_tokens))
+    sums = accumulate(partial(objective.eval_sums, params), rows, ctx.microbatch_tokens, objective.config.grad_accum)
+    return ctx.all_reduce(sums)
 
 
 def init_state(objective: Objective) -> TrainState:
@@ -117,15 +118,18 @@ def state_before_training(objective: Objective, params: Params) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, objective.optimizer.init(params))
 
 
-def accumulate(sums: Callable[..., Any], batch: tuple[Any, ...], microbatch_tokens: int | None) -> Any:
+def accumulate(
+    sums: Callable[..., Any], batch: tuple[Any, ...], microbatch_tokens: int | None, grad_accum: int = 1
+) -> Any:
     """The sums over this device's rows of a batch, added up microbatch by microbatch.
 
     Args:
         sums: of a microbatch's arrays, its sums over the rows as a tree.
         batch: this device's rows, an array [B, T] the first; others may be None.
+        grad_accum: how many microbatches there are at least; it divides the rows.
     """
     n_rows, n_time = jnp.shape(batch[0])
-    n_together = microbatch_rows(n_rows, n_time, microbatch_tokens)
+    n_together = microbatch_rows(n_rows // grad_accum, n_time, microbatch_tokens)
     if n_together == n_rows:
         return sums(*batch)
     microbatches = jax.tree.map(lambda x: x.reshape(-1, n_together, *x.shape[1:]), batch)

@@ -10,7 +10,8 @@ logits compute in the dtype of the residual stream.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ require_sound_jaxlib()
 
 Params = Mapping[str, Array]  # "blocks.0.attn.Wq.kernel" -> array: flat, so that names select, convert and save
 Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] each
+
+REMAT_POLICIES = {  # what the backward pass finds saved of a block, beside its input
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 weight_init = nnx.initializers.normal(stddev=0.02)
 
@@ -70,6 +76,8 @@ class Numerics:
     """One product for query, key and value."""
     head_multiple: int = 1
     """The loss pads the head's width to a multiple of this."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """What the backward pass recomputes of each block; see `RunConfig.remat`."""
 
 
 class Linear(nnx.Linear):
@@ -248,7 +256,7 @@ class GPT(nnx.Module):
         )
         self.blocks = nnx.List([Block(config, numerics, rngs, index) for index in range(config.n_layer)])
         self.ln_f = layer_norm(config.n_embd, numerics, rngs)
-        self.compute_dtype = numerics.compute_dtype
+        self.compute_dtype, self.remat = numerics.compute_dtype, numerics.remat
         if config.tied_head:
             self.lm_head = None
         else:
@@ -291,7 +299,12 @@ class GPT(nnx.Module):
         x_NC = dropout(x_BTC.reshape(n_rows * n_time, -1), self.dropout, row_key_B, 0)
         new_cache = []
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x_NC, block_cache = block(x_NC, n_rows, row_key_B, block_cache, start, document_BT)
+            apply = partial(
+                block, n_rows=n_rows, row_key_B=row_key_B, cache=block_cache, start=start, document_BT=document_BT
+            )
+            if self.remat != "none":
+                apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat])
+            x_NC, block_cache = apply(x_NC)
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
 
