@@ -83,28 +83,33 @@ def configure_jax(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None
     enable_compilation_cache(cache_dir)
 
 
-def numerics(config: TrainConfig | FinetuneConfig) -> Numerics:
-    """The dtypes and the attention for this machine's devices."""
-    backend = jax.default_backend()
-    dtype = config.dtype
+def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numerics:
+    """The dtypes and the attention for a device.
+
+    Args:
+        device: with a `platform`, and a `compute_capability` on CUDA; by default this process's first. A device of
+            `jax.experimental.topologies`, which this machine does not have, is one too.
+    """
+    device = jax.local_devices()[0] if device is None else device
+    on_cpu, dtype = device.platform == "cpu", config.dtype
     if dtype == "auto":
-        dtype = "float32" if backend == "cpu" else "bfloat16"
+        dtype = "float32" if on_cpu else "bfloat16"
     if dtype == "float64":
         return Numerics(jnp.float64, jnp.float64, remat=config.remat)
     compute_dtype = jnp.dtype(dtype)
-    flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(config.model.n_embd // config.model.n_head)
+    flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(device, config.model.n_embd // config.model.n_head)
     flash = flash and not config.within_documents  # it knows the causal mask only
     found = Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla", remat=config.remat)
-    if backend == "cpu":
+    if on_cpu:
         return found
     # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
     # matrix units from their fast path. Three products in one start are one (on CPU it gains nothing: benchmarks.md).
     return dataclasses.replace(found, chunk_logits=2**29, head_multiple=128, fused_qkv=True)
 
 
-def _has_flash_attention(head_size: int) -> bool:
-    """Whether cuDNN's attention runs here in bfloat16: NVIDIA from Ampere on, heads of 8, 16, ... 128 (Hopper: 256)."""
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0" on CUDA, "gfx942" on ROCm, none elsewhere
+def _has_flash_attention(device: Any, head_size: int) -> bool:
+    """Whether cuDNN's attention runs there in bfloat16: from Ampere on, heads of 8, 16, ... 128 (Hopper: 256)."""
+    capability = getattr(device, "compute_capability", "")  # "9.0" on CUDA, "gfx942" on ROCm, none elsewhere
     try:
         generation = float(capability)
     except ValueError:

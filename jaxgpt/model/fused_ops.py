@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import erf, optimization_barrier, rsqrt
+from jax.lax import erf, optimization_barrier, platform_dependent, rsqrt
 
 EPSILON = 1e-5  # PyTorch's default, and the tutorials'
 
@@ -14,11 +14,12 @@ EPSILON = 1e-5  # PyTorch's default, and the tutorials'
 def fusion_barrier(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     """On a CPU, materialises the arrays before any operation that uses them; elsewhere returns them as they are.
 
-    XLA's CPU backend emits one loop for each array that it keeps, and recomputes in each loop what several of them
-    share: a row's mean and variance, even erf. That costs a tenth of a step (docs/speed-log.md). XLA's backends for
-    accelerators fuse such expressions into one kernel.
+    The platform is the one that the program is compiled for, not that of the process. XLA's CPU backend emits one loop
+    for each array that it keeps, and recomputes in each loop what several of them share: a row's mean and variance,
+    even erf. That costs a tenth of a step (docs/speed-log.md). XLA's backends for accelerators fuse such expressions
+    into one kernel.
     """
-    return optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
+    return platform_dependent(*arrays, cpu=lambda *arrays: optimization_barrier(arrays), default=lambda *arrays: arrays)
 
 
 @jax.custom_vjp

@@ -134,11 +134,9 @@ def test_dropout_is_off_without_keys(params, idx_BT):
 
 
 def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
     def chosen(capability, **fields):
-        monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-        return parallel.numerics(TrainConfig(**fields))
+        device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        return parallel.numerics(TrainConfig(**fields), device)
 
     on_gpu = dict(chunk_logits=2**29, head_multiple=128, fused_qkv=True)
     assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn", **on_gpu)
@@ -147,6 +145,8 @@ def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
     wide = ModelConfig(n_embd=256, n_head=1)
     assert [chosen(c, model=wide).attention for c in ("9.0", "8.0")] == ["cudnn", "xla"]
     assert [chosen(c).attention for c in ("7.5", "gfx942", "8.6")] == ["xla", "xla", "cudnn"]
+    tpu = types.SimpleNamespace(platform="tpu")
+    assert parallel.numerics(TrainConfig(), tpu) == dataclasses.replace(chosen("9.0"), attention="xla")
     asked = {}
 
     def attention(q, k, v, **kwargs):
