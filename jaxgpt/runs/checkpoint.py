@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ class Checkpoints:
 
     def __init__(self, run: RunDir, keep: int = 3, writes: bool = True):
         _silence_orbax()
+        _avoid_leaks_of_tensorstore()
         self.run, self.folder, self._keep = run, run.checkpoints, keep
         self._saving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1) if writes else None
@@ -229,10 +231,10 @@ class Checkpoints:
                 raise DamagedRun(f"{path} is damaged: {difference}")
             if records and (difference := manifest.first_difference(self.run.path, found.records, beginning=True)):
                 raise DamagedRun(f"{path} does not fit the run's records: {difference}")
-        with _reported_as_damage(path):
-            with ocp.StandardCheckpointer() as reader:
+        else:  # its digests would have told of another model or vocabulary
+            with _reported_as_damage(path), ocp.StandardCheckpointer() as reader:
                 saved = reader.metadata((path / ARRAYS).absolute()).item_metadata["params"]
-        _require_shapes(path, saved, like)
+            _require_shapes(path, saved, like)
         with _reported_as_damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             state = TrainState(
                 **reader.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(like._asdict()))
@@ -342,6 +344,34 @@ def _silence_orbax() -> None:
             hook(unraisable)
 
     sys.unraisablehook = hook_without_closed_loop
+
+
+@cache
+def _avoid_leaks_of_tensorstore() -> None:
+    """Keeps orbax from calls whose results tensorstore never frees (0.1.77 to 0.1.86): all that it returns as JSON.
+
+    Of each array that orbax writes or reads, it asks for the normal form of a path that is absolute already, and after
+    each save for the bytes written, which it logs. A thousand saves and restores of minigpt would leak a fifth of the
+    process's memory. Without these names in a later orbax, nothing is replaced.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        tensorstore = tensorstore_utils.ts
+
+        class AbsolutePath:
+            def __init__(self, spec: dict[str, Any]):
+                self.spec = spec
+
+            def to_json(self) -> dict[str, Any]:
+                return self.spec
+
+        replaced = {
+            "KvStore": SimpleNamespace(open=tensorstore.KvStore.open, Spec=AbsolutePath),
+            "experimental_collect_matching_metrics": lambda prefix: [],
+        }
+        names = {name: getattr(tensorstore, name) for name in dir(tensorstore)}
+        tensorstore_utils.ts = SimpleNamespace(**{**names, **replaced})
 
 
 @contextlib.contextmanager
