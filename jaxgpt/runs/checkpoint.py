@@ -99,7 +99,6 @@ class Checkpoints:
                 # In the background, a copy and the write buffers would add to the step's own memory, and the save would
                 # take as much time from the step's cores as it takes alone (docs/benchmarks.md).
                 self._write(jax.tree.map(np.asarray, state), content)
-                _return_free_memory()
                 return
             copied = jax.tree.map(lambda x: np.array(x, copy=True), state)  # the next step reuses the state's memory
             self._saving = self._thread.submit(self._write, copied, content)
@@ -130,6 +129,8 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(partial_path, ignore_errors=True)
             raise
+        finally:
+            _return_free_memory()
         self._keep_up_to(content.step)
 
     def _keep_up_to(self, step: int) -> None:
