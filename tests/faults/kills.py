@@ -19,7 +19,7 @@ from tests.faults.runs import Interrupted, train_args
 
 STEPS = 400
 LENGTH = 5  # interruptions of a chain
-N_KILLS, N_IN_SAVE, N_SIGNALS, N_HASH_SEEDS = 35, 15, 30, 5
+N_KILLS, N_IN_SAVE, N_SIGNALS, N_HASH_SEEDS = 50, 15, 30, 5
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EXIT_CODES = {signal.SIGUSR1: 0}  # a warning before the end: saved, and nothing is wrong. The others: 128 + n
 CALLS_OF_A_SAVE = 60  # file-system calls of a save, about

@@ -56,9 +56,15 @@ def record(results: Sequence[Result]) -> None:
 
 def environment() -> dict[str, str]:
     """The commit, and the versions of what the commands run on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
+
+    # The page itself is no part of the program.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs/reliability.*")
     versions = {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-    return {"commit": git.stdout.strip(), "python": platform.python_version(), **versions}
+    commit = git("describe", "--always") + ("-dirty" if changed else "")
+    return {"commit": commit, "python": platform.python_version(), **versions}
 
 
 def page(kept: dict[str, Any]) -> str:
