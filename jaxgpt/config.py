@@ -370,6 +370,15 @@ class FaultPolicy:
 
 
 @dataclass(frozen=True)
+class DeviceLayout:
+    """How devices share a training. No part of a run's numbers, nor of config.json: a run may go on with another."""
+
+    mesh: str = ""
+    """The devices as a mesh, data=N,fsdp=M: all divide the batch; along fsdp, parameters, gradients and optimizer state
+    are sharded, too. An axis left out takes the rest (default: data alone)."""
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How text is continued."""
 

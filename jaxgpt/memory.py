@@ -68,7 +68,7 @@ class MemoryNeed(NamedTuple):
         return f"{size_text(self.total)} of memory ({', '.join(f'{kind} {size_text(n)}' for kind, n in kinds)})"
 
 
-def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool) -> MemoryNeed:
+def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool, n_fsdp: int = 1) -> MemoryNeed:
     """A lower bound of the memory of a training step, or of the restored state alone.
 
     Parameters and optimizer state are exact, but for the optimizer's counters. Gradients: all of them where they must
@@ -78,8 +78,9 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
     one time step. On an accelerator XLA may recompute all but the blocks' inputs.
 
     Args:
-        on_cpu: the devices are a CPU's cores, which share its memory; each holds the whole state.
+        on_cpu: the devices are a CPU's cores, which share its memory; each holds the whole state, or its shards of it.
         trains: count gradients and activations too.
+        n_fsdp: over how many devices parameters, gradients and optimizer state are sharded.
     """
     config, numerics = objective.config, objective.numerics
     model: ModelConfig = config.model
@@ -87,7 +88,7 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
     param_bytes, compute_bytes = np.dtype(numerics.param_dtype).itemsize, np.dtype(numerics.compute_dtype).itemsize
     moments = 2 if config.optimizer in ("adam", "adamw") else 1 if config.momentum else 0
     state = MemoryNeed(param_bytes * sum(counts), moments * param_bytes * sum(counts))
-    shared = n_devices if on_cpu else 1  # by how many devices one memory is
+    shared = max(n_devices, n_fsdp) if on_cpu else 1  # by how many devices one memory is
     if trains:
         rows, n_time = -(-config.batch_size // n_devices), config.n_time
         together = _rows_together(config, on_cpu, n_devices)
@@ -102,14 +103,19 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
             gradients=param_bytes * (sum(counts) if all_at_once else largest),
             activations=together * n_time * of_token * compute_bytes + logits + tokens,
         )
-    return MemoryNeed(*(shared * n_bytes for n_bytes in state))
+    return MemoryNeed(
+        shared * state.parameters // n_fsdp,
+        shared * state.optimizer_state // n_fsdp,
+        shared * state.gradients // n_fsdp,
+        shared * state.activations,
+    )
 
 
-def require_memory(objective: Objective, devices: Sequence[Any], trains: bool) -> None:
+def require_memory(objective: Objective, devices: Sequence[Any], trains: bool, n_fsdp: int = 1) -> None:
     """Raises `UserError` if the state, or with `trains` a training step, cannot fit the devices' memory."""
     on_cpu = devices[0].platform == "cpu"
     has = host_memory() if on_cpu else (devices[0].memory_stats() or {}).get("bytes_limit")
-    need = memory_need(objective, on_cpu, len(devices), trains)
+    need = memory_need(objective, on_cpu, len(devices), trains, n_fsdp)
     if has is None or need.total <= has:
         return
     names = _causes(objective, need, _rows_together(objective.config, on_cpu, len(devices)))
@@ -124,7 +130,7 @@ def require_memory(objective: Objective, devices: Sequence[Any], trains: bool) -
 def _rows_together(config: TrainConfig | FinetuneConfig, on_cpu: bool, n_devices: int) -> int:
     """How many rows of a batch a device computes at a time."""
     microbatch_tokens = CPU_TUNING.microbatch_tokens if on_cpu and n_devices > 1 else None
-    return microbatch_rows(-(-config.batch_size // n_devices), config.n_time, microbatch_tokens)
+    return microbatch_rows(-(-config.batch_size // (n_devices * config.grad_accum)), config.n_time, microbatch_tokens)
 
 
 def _causes(objective: Objective, need: MemoryNeed, rows_together: int) -> list[str]:

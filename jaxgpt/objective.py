@@ -19,7 +19,7 @@ from jaxgpt import rng
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.data import sampler
 from jaxgpt.data.sampler import PADDING, BatchSource, ExampleSource, TokenSource
-from jaxgpt.model.gpt import GPT, GPTClassifier, Numerics, Params, bind, init_params
+from jaxgpt.model.gpt import GPT, Gather, GPTClassifier, Numerics, Params, bind, init_params
 from jaxgpt.model.loss import cross_entropy, head_cross_entropy
 from jaxgpt.optimizer import make_optimizer
 
@@ -50,12 +50,12 @@ class Objective:
         return None
 
     @cached_property
-    def model(self) -> Callable[[Params], Any]:
-        """Parameters -> the model that trains."""
+    def model(self) -> Callable[..., Any]:
+        """Parameters -> the model that trains; see `model.gpt.bind`."""
         return bind(self.config.model, self.vocab_size, self.numerics, self.n_classes)
 
     @cached_property
-    def exact_model(self) -> Callable[[Params], Any]:
+    def exact_model(self) -> Callable[..., Any]:
         """Parameters -> the model for evaluation and generation: all in the parameters' dtype, as documented."""
         dtype = self.numerics.param_dtype
         return bind(self.config.model, self.vocab_size, Numerics(dtype, dtype), self.n_classes)
@@ -80,8 +80,14 @@ class Objective:
             return None
         return rng.row_keys(self.config.seed, step, local_rows(jnp.arange(self.config.batch_size)))
 
-    def loss_sum(self, params: Params, inputs: Array, targets: Array, row_key_B: Array | None) -> tuple[Array, Array]:
-        """The sum of the losses of some rows, and how many losses there are: scalars of the parameters' dtype."""
+    def loss_sum(
+        self, params: Params, inputs: Array, targets: Array, row_key_B: Array | None, gather: Gather | None = None
+    ) -> tuple[Array, Array]:
+        """The sum of the losses of some rows, and how many losses there are: scalars of the parameters' dtype.
+
+        Args:
+            gather: of sharded parameters, makes a whole one from this device's shard.
+        """
         raise NotImplementedError
 
     def batch(self, source: Any, k: Array, local_rows: LocalRows = whole_batch) -> tuple[Array, Array]:
@@ -92,7 +98,7 @@ class Objective:
         """The device's rows of one batch of a split: what `eval_sums` takes."""
         raise NotImplementedError
 
-    def eval_sums(self, params: Params, *rows: Array) -> Any:
+    def eval_sums(self, params: Params, *rows: Array, gather: Gather | None = None) -> Any:
         """Sums over some rows of a split, in evaluation mode: the loss, the number of losses, and more."""
         raise NotImplementedError
 
@@ -108,9 +114,11 @@ class LanguageModelingObjective(Objective):
     config: TrainConfig
     end_of_text: int | None = None
 
-    def loss_sum(self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None) -> tuple[Array, Array]:
+    def loss_sum(
+        self, params: Params, idx_BT: Array, target_BT: Array, row_key_B: Array | None, gather: Gather | None = None
+    ) -> tuple[Array, Array]:
         """The sum of the tokens' losses, and their number."""
-        return self.token_loss(self.model(params), idx_BT, target_BT, row_key_B, None)
+        return self.token_loss(self.model(params, gather), idx_BT, target_BT, row_key_B, None)
 
     def token_loss(
         self, model: GPT, idx_BT: Array, target_BT: Array, row_key_B: Array | None, counts_BT: Array | None
@@ -143,9 +151,11 @@ class LanguageModelingObjective(Objective):
         window_BT, counts_BT = batch
         return *sampler.inputs_and_targets(local_rows(window_BT)), local_rows(counts_BT)
 
-    def eval_sums(self, params: Params, idx_BT: Array, target_BT: Array, counts_BT: Array) -> tuple[Array, Array]:
+    def eval_sums(
+        self, params: Params, idx_BT: Array, target_BT: Array, counts_BT: Array, gather: Gather | None = None
+    ) -> tuple[Array, Array]:
         """The sum of the loss over the targets that count, and their number."""
-        return self.token_loss(self.exact_model(params), idx_BT, target_BT, None, counts_BT)
+        return self.token_loss(self.exact_model(params, gather), idx_BT, target_BT, None, counts_BT)
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,11 @@ class ClassificationObjective(Objective):
         length_B = jnp.sum(idx_BT != PADDING, axis=1)
         return model(jnp.where(idx_BT == PADDING, self.pad_token, idx_BT), length_B, self.config.pool, row_key_B)
 
-    def loss_sum(self, params: Params, idx_BT: Array, label_B: Array, row_key_B: Array | None) -> tuple[Array, Array]:
+    def loss_sum(
+        self, params: Params, idx_BT: Array, label_B: Array, row_key_B: Array | None, gather: Gather | None = None
+    ) -> tuple[Array, Array]:
         """The sum of the texts' losses, and their number; PADDING labels count nothing."""
-        logits_BK = self.logits(self.model(params), idx_BT, row_key_B)
+        logits_BK = self.logits(self.model(params, gather), idx_BT, row_key_B)
         return cross_entropy(logits_BK, jnp.maximum(label_B, 0), label_B != PADDING)
 
     def batch(self, source: ExampleSource, k: Array, local_rows: LocalRows = whole_batch) -> tuple[Array, Array]:
@@ -178,10 +190,12 @@ class ClassificationObjective(Objective):
         idx_BT, label_B = batch
         return local_rows(idx_BT), local_rows(label_B)
 
-    def eval_sums(self, params: Params, idx_BT: Array, label_B: Array) -> tuple[Array, Array, Array]:
+    def eval_sums(
+        self, params: Params, idx_BT: Array, label_B: Array, gather: Gather | None = None
+    ) -> tuple[Array, Array, Array]:
         """The sum of the loss over the texts whose label is not PADDING, their number, and the confusion matrix [class,
         predicted]."""
-        logits_BK = self.logits(self.exact_model(params), idx_BT)
+        logits_BK = self.logits(self.exact_model(params, gather), idx_BT)
         loss, count = cross_entropy(logits_BK, jnp.maximum(label_B, 0), label_B != PADDING)
         true_BK = jax.nn.one_hot(label_B, self.n_classes)  # a row of zeros for PADDING
         predicted_BK = jax.nn.one_hot(jnp.argmax(logits_BK, -1), self.n_classes)

@@ -60,13 +60,28 @@ def decay_mask(params: Params, which: str) -> dict[str, bool]:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """The optimizer: clipping by global norm, then AdamW, Adam or SGD as torch.optim defines them.
 
-    Its `update` takes the loss as `value`, by which --on-nonfinite skip decides.
+    Its `update` takes the loss as `value`, by which --on-nonfinite skip decides, and the gradients' global norm as
+    `grad_norm` (default: that of the gradients given, which on a device with shards of them is not the whole one).
     """
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _update_rule(config, optax_schedule(config)),
     )
-    return skip_updates(config, optimizer) if config.skips_updates else optax.with_extra_args_support(optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
+    return skip_updates(config, optimizer) if config.skips_updates else optimizer
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` that takes the norm as `grad_norm`: from `max_norm` on, g / norm * max_norm."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, grad_norm: Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm.astype(g.dtype) * max_norm), updates)
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 class SkipState(NamedTuple):
@@ -80,7 +95,7 @@ class SkipState(NamedTuple):
 
 
 def skip_updates(
-    config: OptimizerConfig, optimizer: optax.GradientTransformation
+    config: OptimizerConfig, optimizer: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that skips updates: parameters and the optimizer's state stay as they are, bit for bit.
 
@@ -99,7 +114,8 @@ def skip_updates(
         return SkipState(applied, skipped, in_a_row, norm_mean, optimizer.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, SkipState]:
-        norm, loss = optax.tree.norm(updates), extra_args["value"]
+        loss, norm = extra_args["value"], extra_args.get("grad_norm")
+        norm = optax.tree.norm(updates) if norm is None else norm
         skip = jnp.zeros((), bool)
         if config.on_nonfinite == "skip":
             skip |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
@@ -107,7 +123,7 @@ def skip_updates(
             skip |= (state.applied >= NORM_WARMUP) & (norm > config.skip_spikes * state.norm_mean)
         in_warmup, n_norms = state.applied < NORM_WARMUP, (state.applied + 1).astype(norm.dtype)
         weight = jnp.where(in_warmup, 1 / n_norms, 1 - NORM_DECAY)
-        updates, optimizer_state = optimizer.update(updates, state.optimizer, params)
+        updates, optimizer_state = optimizer.update(updates, state.optimizer, params, grad_norm=norm)
         applied = SkipState(
             state.applied + 1,
             state.skipped,

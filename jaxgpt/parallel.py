@@ -1,16 +1,23 @@
 """Data parallelism over local devices: `jit` with `shard_map`, or `pmap`. Nothing else knows devices.
 
-In both, every device holds the whole state and all tokens, and the batch is divided: each device computes the sums over
-its own rows, and an all-reduce adds them up. What is compiled takes the number of steps as an argument, so one program
-serves every dispatch. A CPU's cores are devices, too: each takes its rows in microbatches that stay in its cache,
-instead of sharing every small operation with the others (docs/speed-log.md).
+The batch is divided: each device computes the sums over its own rows, and an all-reduce adds them up. The devices are a
+mesh of two axes, `data` and `fsdp`, and the rows are divided over both. Along `data` the state is replicated. Along
+`fsdp` each device holds a shard of the parameters, of their gradients and moments (fully sharded data parallelism, also
+known as ZeRO-3). It gathers a block's parameters when it computes the block, and a reduce-scatter adds up the
+gradients. All collectives are written out here, so the compiled program has no others.
+
+What is compiled takes the number of steps as an argument, so one program serves every dispatch. A CPU's cores are
+devices, too: each takes its rows in microbatches that stay in its cache, instead of sharing every small operation with
+the others (docs/speed-log.md).
 """
 
 import contextlib
 import dataclasses
 import math
+import operator
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -39,7 +47,9 @@ from jaxgpt.train_step import (
     train_steps,
 )
 
-AXIS = "data"
+DATA, FSDP = "data", "fsdp"  # the mesh's axes
+ROWS = (DATA, FSDP)  # those over which a batch's rows are divided
+Axes = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -159,14 +169,54 @@ def on_one_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.local_devices()[0])
 
 
+def mesh_shape(mesh: str, n_devices: int) -> tuple[int, int]:
+    """The sizes of the axes data and fsdp, from the flag --mesh.
+
+    Args:
+        mesh: "data=4,fsdp=2", or one of both, and the other takes the rest; "" is data alone.
+
+    Raises:
+        UserError: it cannot be read, or is not a mesh of `n_devices`.
+    """
+    sizes: dict[str, int] = {}
+    for part in mesh.split(",") if mesh else [f"{DATA}={n_devices}"]:
+        name, _, size = part.partition("=")
+        if name not in ROWS or name in sizes or not re.fullmatch("[1-9][0-9]{0,5}", size):
+            raise UserError(f"--mesh {mesh}: {part!r} cannot be read; give it as data=4,fsdp=2")
+        sizes[name] = int(size)
+    rest = n_devices // math.prod(sizes.values())
+    shape = sizes.get(DATA, rest), sizes.get(FSDP, rest)
+    if math.prod(shape) != n_devices:
+        example = f"data={n_devices // 2},fsdp=2" if n_devices % 2 == 0 else f"data={n_devices}"
+        raise UserError(
+            f"--mesh {mesh}: is not a mesh of the {n_devices} devices that there are; give one of so many, as {example}"
+        )
+    return shape
+
+
+def shard_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
+    """The axis along which a parameter is sharded: the largest that `fsdp` divides, the last of equals.
+
+    None if it stays whole: no axis divides, or it is a vector, as biases and norms are, a thousandth of a model.
+    """
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or len(shape) < 2 or not divisible:
+        return None
+    return max(divisible, key=lambda axis: (shape[axis], axis))
+
+
 class Executor:
     """An objective's steps, compiled for `devices_for` it, or for the devices given.
 
+    Args:
+        devices: of this machine, or abstract ones of `jax.experimental.topologies`.
+        mesh: how they are arranged, as `mesh_shape` reads it.
+
     Raises:
-        UserError: the batch does not divide by the devices.
+        UserError: the batch does not divide by the devices, or they are no such mesh.
     """
 
-    def __init__(self, objective: Objective, devices: list[Any] | None = None):
+    def __init__(self, objective: Objective, devices: list[Any] | None = None, mesh: str = ""):
         devices = devices if devices is not None else devices_for(objective)
         config = objective.config
         if config.batch_size % len(devices):
@@ -179,13 +229,51 @@ class Executor:
                 f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // len(devices)} rows that "
                 f"each of {len(devices)} devices has; choose a divisor of that"
             )
+        shape = mesh_shape(mesh, len(devices))
+        if shape[1] > 1 and config.parallel == "pmap":
+            raise UserError(f"--mesh {mesh}: --parallel pmap has no axis fsdp; leave out one of both")
         self.objective = objective
-        self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        self._compile = _jit if config.parallel == "jit" else _pmap
-        self._train_steps = self._compile(partial(train_steps, objective), self.mesh, donate=True)
+        self.mesh = Mesh(np.array(devices).reshape(shape), ROWS, axis_types=(AxisType.Auto,) * 2)
+        axes = {name: shard_axis(p.shape, shape[1]) for name, p in objective.param_shapes.items()}
+        self._shard_axes = {name: axis for name, axis in axes.items() if axis is not None}
+        self._train_steps = self._compiled_steps() if config.parallel == "jit" else self.compiled(self._steps, True)
         self._compiling: Future | None = None
         eval_batch = partial(eval_step, objective)
-        self._evaluate = self.compiled(lambda params, inputs, targets, ctx: eval_batch(params, (inputs, targets), ctx))
+
+        def evaluate(params: Any, inputs: Any, targets: Any, ctx: StepContext) -> Any:
+            return eval_batch(params, (inputs, targets), ctx)
+
+        if self._shard_axes:
+            specs = self._specs(objective.param_shapes)
+            self._evaluate = _jit(evaluate, self.mesh, False, specs, PartitionSpec(), self._shard_axes)
+        else:
+            self._evaluate = self.compiled(evaluate)
+
+    @property
+    def _steps(self) -> Callable:
+        return partial(train_steps, self.objective)
+
+    def _compiled_steps(self) -> Callable:
+        """`train_steps` under jit; each device has its shards of the state."""
+        if not self._shard_axes:
+            return _jit(self._steps, self.mesh, donate=True)
+        specs = self._specs(self.abstract_state())
+        return _jit(self._steps, self.mesh, True, specs, (specs, PartitionSpec()), self._shard_axes)
+
+    def _specs(self, tree: Any) -> Any:
+        """The partition of each array of a tree: of a parameter, its gradient and moments, and of anything else.
+
+        They are known by the parameter's name, which is their last key.
+        """
+
+        def spec(path: Any, _: Any) -> PartitionSpec:
+            axis = self._shard_axes.get(_name(path))
+            return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP)
+
+        return jax.tree_util.tree_map_with_path(spec, tree)
+
+    def _shardings(self, tree: Any) -> Any:
+        return jax.tree.map(partial(NamedSharding, self.mesh), self._specs(tree))
 
     @property
     def config(self) -> Any:
@@ -207,18 +295,17 @@ class Executor:
     def compiled(self, function: Callable, donate: bool = False) -> Callable:
         """A pure function (first, *rest, ctx) compiled for the devices, to be called without its `StepContext`.
 
+        Every device gets its arguments whole, sharded ones too.
+
         Args:
             donate: whether the result may take the first argument's memory.
         """
-        return self._compile(function, self.mesh, donate=donate)
+        compile_for = _jit if self.config.parallel == "jit" else _pmap
+        return compile_for(function, self.mesh, donate=donate)
 
     def put(self, tree: Any) -> Any:
-        """The tree's arrays, whole on every device."""
-        return jax.device_put(tree, self._replicated)
-
-    @property
-    def _replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
+        """The tree's arrays on the devices: of parameters and their moments the shards, all else whole on each."""
+        return jax.device_put(tree, self._shardings(tree))
 
     def init_state(self) -> TrainState:
         """The initial state on the devices. Not in one jit: compiling so many random draws together takes seconds."""
@@ -227,7 +314,11 @@ class Executor:
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
         shapes = jax.eval_shape(partial(state_before_training, self.objective), self.objective.param_shapes)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), shapes)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self._shardings(shapes),
+        )
 
     def compile_ahead(self, source: Any) -> None:
         """Begins to compile `train_steps` for sources like this one in the background, while the state is made.
@@ -256,13 +347,12 @@ class Executor:
     def memory(self, source: Any) -> dict[str, int]:
         """What the compiler plans for `train_steps` on each device, in bytes; compiles it anew."""
         state = self.abstract_state()
-        steps = _jit(
-            partial(train_steps, self.objective), self.mesh, donate=True
-        )  # under pmap each device has the same
-        plan = steps.lower(state, source, jnp.int32(0)).compile().memory_analysis()
+        # Under pmap each device has the same.
+        plan = self._compiled_steps().lower(state, source, jnp.int32(0)).compile().memory_analysis()
 
-        def size(tree: Any) -> int:
-            return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        def size(tree: Any) -> int:  # of one device's shards
+            sharded = ((x.dtype, getattr(x, "sharding", None), x.shape) for x in jax.tree.leaves(tree))
+            return sum(math.prod(s.shard_shape(shape) if s else shape) * dtype.itemsize for dtype, s, shape in sharded)
 
         kept = {"weights": size(state.params), "optimiser state": size(state.opt_state), "tokens": size(source)}
         return {**kept, "activations and gradients": plan.temp_size_in_bytes}
@@ -282,54 +372,130 @@ def _ravelled(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
 
 
-def _step_context(mesh: Mesh, index: Array) -> StepContext:
-    """The data-parallel context of one device of a mesh, by its index."""
+def _name(path: tuple[Any, ...]) -> str:
+    """The last key of an array's path in a tree; of a parameter, its gradient or moment, the parameter's name."""
+    return str(getattr(path[-1], "key", "")) if path else ""
+
+
+def _step_context(mesh: Mesh, index: Array, axes: Axes, shard_axes: Mapping[str, int] | None = None) -> StepContext:
+    """The data-parallel context of one device of a mesh.
+
+    Args:
+        index: of the device among all of the mesh.
+        axes: those over which rows are divided.
+        shard_axes: of the sharded parameters, the axis along which each is sharded.
+    """
     on_cpu = mesh.devices.item(0).platform == "cpu"
+    reduce_over = _all_reduce_ravelled if on_cpu else _all_reduce
 
     def local_rows(x_B: Array) -> Array:
         rows_each = x_B.shape[0] // mesh.size
         return lax.dynamic_slice_in_dim(x_B, index * rows_each, rows_each)
 
-    return StepContext(
-        local_rows,
-        _all_reduce_ravelled if on_cpu else _all_reduce,
-        CPU_TUNING.microbatch_tokens if on_cpu and mesh.size > 1 else None,
-    )
+    microbatch_tokens = CPU_TUNING.microbatch_tokens if on_cpu and mesh.size > 1 else None
+    context = StepContext(local_rows, lambda sums: reduce_over(sums, axes), microbatch_tokens)
+    if not shard_axes:
+        return context
+
+    def partition(tree: Any) -> tuple[Any, Any]:
+        """The shards and the whole arrays, each with None in place of the others."""
+        is_shard = jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in shard_axes, tree)
+        select = partial(jax.tree.map, lambda x, keep: x if keep else None)
+        return select(tree, is_shard), select(tree, jax.tree.map(operator.not_, is_shard))
+
+    def all_reduce(sums: Any) -> Any:
+        shards, whole = partition(sums)  # the reduce-scatter has added up the shards over fsdp
+        shards, whole = reduce_over(shards, DATA), reduce_over(whole, axes)
+        return jax.tree.map(lambda a, b: b if a is None else a, shards, whole, is_leaf=lambda x: x is None)
+
+    def global_norm(grads: Any) -> Array:
+        return _global_norm(*partition(grads))
+
+    def gather(name: str, shard: Array, dtype: Any) -> Array:
+        return _gather(shard, shard_axes[name], dtype) if name in shard_axes else shard.astype(dtype)
+
+    return context._replace(all_reduce=all_reduce, global_norm=global_norm, gather=gather)
 
 
-def _all_reduce(sums: Any) -> Any:
-    return lax.psum(sums, AXIS)
+def _global_norm(shards: Any, whole: Any) -> Array:
+    """The global norm of gradients of which each device of FSDP has shards, and the same whole ones."""
+    of_shards, of_whole = (optax.tree.norm(part, squared=True) for part in (shards, whole))
+    return jnp.sqrt(lax.psum(of_shards, FSDP) + of_whole)
 
 
-def _all_reduce_ravelled(sums: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard: Array, axis: int, dtype: Any) -> Array:
+    """The whole parameter, in a dtype, from the shards along an axis that the devices of FSDP have.
+
+    The cast comes first, so that a bfloat16 kernel takes half of the traffic. The backward pass adds up the gradients
+    in the parameter's own dtype, as the all-reduce of data parallelism does, and leaves each device its shard.
+    """
+    return lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _gather_fwd(shard: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
+    return _gather(shard, axis, dtype), jnp.zeros((), shard.dtype)
+
+
+def _gather_bwd(axis: int, dtype: Any, like: Array, grad: Array) -> tuple[Array]:
+    return (lax.psum_scatter(grad.astype(like.dtype), FSDP, scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _all_reduce(sums: Any, axes: Axes) -> Any:
+    return lax.psum(sums, axes)
+
+
+def _all_reduce_ravelled(sums: Any, axes: Axes) -> Any:
     """One all-reduce of the ravelled pytree. On a CPU it synchronises the devices' threads, which costs more than the
     additions: once for all arrays, not once for each. Elsewhere XLA combines them by itself."""
     sums_N, unravel = ravel_pytree(sums)
-    return unravel(_all_reduce(sums_N))
+    return unravel(_all_reduce(sums_N, axes))
 
 
-def _jit(function: Callable, mesh: Mesh, donate: bool) -> Callable:
-    """One program for all devices, each with its index in the mesh."""
-    replicated, single = PartitionSpec(), mesh.size == 1
+def _jit(
+    function: Callable,
+    mesh: Mesh,
+    donate: bool,
+    first: Any = PartitionSpec(),  # noqa: B008  (immutable)
+    out: Any = PartitionSpec(),  # noqa: B008
+    shard_axes: Mapping[str, int] | None = None,
+) -> Callable:
+    """One program for all devices, each with its index in the mesh.
 
-    def program(*args):
-        return function(*args, SINGLE_DEVICE if single else _step_context(mesh, lax.axis_index(AXIS)))
+    Args:
+        first, out: the partitions of the function's first argument and of its result; the other arguments are whole.
+        shard_axes: as of `_step_context`.
+    """
+    single = mesh.size == 1
+
+    def program(first, rest):
+        context = SINGLE_DEVICE if single else _step_context(mesh, lax.axis_index(ROWS), ROWS, shard_axes)
+        return function(first, *rest, context)
 
     if not single:
         # check_vma would insert all-reduces of its own into the gradients of replicated arrays: ours are written out.
-        program = jax.shard_map(program, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
-    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=NamedSharding(mesh, replicated))
+        in_specs = (first, PartitionSpec())
+        program = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+
+    def call(first, *rest):
+        return program(first, rest)
+
+    shardings = jax.tree.map(partial(NamedSharding, mesh), out)
+    return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=shardings)
 
 
 def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:
     """The same program on each device, which gets its index as an argument."""
 
     def program(first, rest, index):
-        return function(first, *rest, _step_context(mesh, index))
+        return function(first, *rest, _step_context(mesh, index, DATA))
 
     mapped = jax.pmap(
         program,
-        axis_name=AXIS,
+        axis_name=DATA,
         in_axes=(None, None, 0),
         out_axes=None,
         devices=list(mesh.devices.flat),

@@ -63,21 +63,24 @@ def build_executor(
     labels: Sequence[str] = (),
     devices: Callable[[Objective], list[Any]] = parallel.devices_for,
     trains: bool = False,
+    mesh: str = "",
 ) -> Executor:
     """The objective of a configuration, compiled for devices of this machine.
 
     Args:
         devices: which ones; by default all that a training would take.
         trains: it is to train; if not, the memory has to hold the state only.
+        mesh: how the devices share a training, as `parallel.mesh_shape` reads it; then it takes all there are.
 
     Raises:
-        UserError: the batch does not divide by the devices, or their memory is too small.
+        UserError: the batch does not divide by the devices, they are no such mesh, or their memory is too small.
     """
     objective = build_objective(config, tokenizer, labels)
-    require_memory(objective, jax.local_devices()[:1], trains=False)  # before the first trace
-    chosen = devices(objective)
-    require_memory(objective, chosen, trains)
-    return Executor(objective, chosen)
+    n_fsdp = parallel.mesh_shape(mesh, jax.local_device_count())[1] if mesh else 1
+    require_memory(objective, jax.local_devices()[:1], trains=False, n_fsdp=n_fsdp)  # before the first trace
+    chosen = jax.local_devices() if mesh else devices(objective)
+    require_memory(objective, chosen, trains, n_fsdp)
+    return Executor(objective, chosen, mesh)
 
 
 def build_language_modeling(
@@ -88,6 +91,7 @@ def build_language_modeling(
     tokenizer: Tokenizer | None = None,
     devices: Callable[[Objective], list[Any]] = parallel.devices_for,
     trains: bool = True,
+    mesh: str = "",
 ) -> tuple[Data, Executor]:
     """The tokens of a corpus, and an executor whose configuration has the number of steps that its epochs make.
 
@@ -95,13 +99,13 @@ def build_language_modeling(
         data_dir: a folder to look for GPT-2's vocabulary in first.
         say: takes lines about what takes long.
         tokenizer: a run's own, in place of a new one.
-        devices, trains: as of `build_executor`.
+        devices, trains, mesh: as of `build_executor`.
 
     Raises:
         UserError: as `tokenize_corpus` and `build_executor` do.
     """
     config, data = tokenize_corpus(config, corpus, data_dir, say, tokenizer)
-    return data, build_executor(config, data.tokenizer, devices=devices, trains=trains)
+    return data, build_executor(config, data.tokenizer, devices=devices, trains=trains, mesh=mesh)
 
 
 def long_step_note(executor: Executor) -> str | None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jaxgpt.model.gpt import Params
+from jaxgpt.model.gpt import Gather, Params
 from jaxgpt.objective import LocalRows, Objective, whole_batch
 from jaxgpt.optimizer import SkipState
 
@@ -29,11 +29,16 @@ class TrainState(NamedTuple):
 
 
 class StepContext(NamedTuple):
-    """How a batch is divided: over devices (data parallelism), and on each into microbatches (accumulation)."""
+    """How a batch is divided: over devices (data parallelism), and on each into microbatches (accumulation).
+
+    With fully sharded parameters, `params` and `grads` are this device's shards of them.
+    """
 
     local_rows: LocalRows  # the global batch's rows [B, ...] -> those of this device
     all_reduce: Callable[[Any], Any]  # a tree of sums over this device's rows -> over all rows
     microbatch_tokens: int | None = None  # about how many tokens a microbatch has; None: the rows are one microbatch
+    global_norm: Callable[[Params], Array] = optax.tree.norm  # of gradients, over all their shards
+    gather: Gather | None = None  # makes a whole parameter of shards; None: they are whole
 
 
 SINGLE_DEVICE = StepContext(local_rows=whole_batch, all_reduce=lambda sums: sums)
@@ -62,19 +67,23 @@ def train_step(
     """
 
     def microbatch_loss_and_grads(*microbatch: Array | None) -> Any:  # ((sum of losses, number of them), gradients)
-        return jax.value_and_grad(objective.loss_sum, has_aux=True)(state.params, *microbatch)
+        loss_sum = partial(objective.loss_sum, gather=ctx.gather)
+        return jax.value_and_grad(loss_sum, has_aux=True)(state.params, *microbatch)
 
     rows = (*batch, objective.dropout_keys(state.step, ctx.local_rows))
     sums = accumulate(microbatch_loss_and_grads, rows, ctx.microbatch_tokens, objective.config.grad_accum)
     # All-reduce the sums, divide once, and only then clip: the clip must see the gradient of the whole batch.
     (loss_sum, count), grad_sums = ctx.all_reduce(sums)
     loss, grads = loss_sum / count, jax.tree.map(lambda g: g / count, grad_sums)
+    grad_norm = ctx.global_norm(grads)
     # Clip by global norm, AdamW with masked decay, schedule: `optimizer.py`.
-    updates, opt_state = objective.optimizer.update(grads, state.opt_state, state.params, value=loss)
+    updates, opt_state = objective.optimizer.update(
+        grads, state.opt_state, state.params, value=loss, grad_norm=grad_norm
+    )
     params = optax.apply_updates(state.params, updates)
     new_state = TrainState(state.step + 1, params, opt_state)
     skipped = opt_state.in_a_row > 0 if isinstance(opt_state, SkipState) else None
-    return new_state, StepResult(loss, optax.tree.norm(grads), grads, updates, skipped)
+    return new_state, StepResult(loss, grad_norm, grads, updates, skipped)
 
 
 def train_steps(
@@ -104,8 +113,8 @@ def train_steps(
 def eval_step(objective: Objective, params: Params, batch: tuple[Array, ...], ctx: StepContext) -> Any:
     """The sums of `objective.eval_sums` over the whole batch."""
     rows = objective.eval_batch(batch, ctx.local_rows)
-    sums = accumulate(partial(objective.eval_sums, params), rows, ctx.microbatch_tokens, objective.config.grad_accum)
-    return ctx.all_reduce(sums)
+    eval_sums = partial(objective.eval_sums, params, gather=ctx.gather)
+    return ctx.all_reduce(accumulate(eval_sums, rows, ctx.microbatch_tokens, objective.config.grad_accum))
 
 
 def init_state(objective: Objective) -> TrainState:

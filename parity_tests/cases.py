@@ -268,9 +268,9 @@ def flax_results_of(
 class FlaxTraining:
     """The trainer's own compiled program over the case's tokens, from the case's weights."""
 
-    def __init__(self, case: Case, precision: str, devices: list[Any] | None = None):
+    def __init__(self, case: Case, precision: str, devices: list[Any] | None = None, mesh: str = ""):
         objective = objective_of(case, precision)
-        self.executor = parallel.Executor(objective, devices or jax.devices()[:1])
+        self.executor = parallel.Executor(objective, devices or jax.devices()[:1], mesh)
         params = flax_params(case, objective)
         opt_state = objective.optimizer.init(params)
         self.state = self.executor.put(TrainState(np.int32(0), params, opt_state))

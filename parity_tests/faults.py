@@ -185,7 +185,7 @@ def clip(change: Callable[[Any, float, Any], Any]) -> Patch:
 
         return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
-    return put(optax, "clip_by_global_norm", mutated)
+    return put(optimizer, "clip_by_global_norm", mutated)
 
 
 def float32_cosine(config: Any) -> Any:

@@ -353,6 +353,7 @@ MUTANTS = [
         "c_attn split as key, query, value", wrap(torch_names, "tutorial_names", faults.key_before_query), ("gpt2",)
     ),
     *(Mutant(name, patch, ("devices",)) for name, patch in device_faults.FAULTS.items()),
+    *(Mutant(name, patch, ("sharded state",)) for name, patch in device_faults.SHARD_FAULTS.items()),
 ]
 
 

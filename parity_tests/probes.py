@@ -59,6 +59,7 @@ PROBES: dict[str, Probe] = {
     "data": lambda: data.check_data(True),
     "packed documents": lambda: whole_model.compare_model(packing.documents_case(), "float64"),
     "devices": lambda: devices.compare_batch("jit", "float64"),
+    "sharded state": lambda: devices.compare_updates(devices.FSDP),
     "classification": lambda: classification.compare_batch("last_token", ("float64",)),
     "classification, mean": lambda: classification.compare_batch("mean", ("float64",)),
     "classification, accuracy": lambda: classification.compare_accuracy("last_token"),

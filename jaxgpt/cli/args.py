@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import jaxgpt
-from jaxgpt.config import FaultPolicy, TrainConfig
+from jaxgpt.config import DeviceLayout, FaultPolicy, TrainConfig
 from jaxgpt.environment import CheckedOutput, reason, require_device_count
 from jaxgpt.errors import DamagedRun, LossNotFinite, UserError
 from jaxgpt.presets import PRESETS
@@ -26,9 +26,11 @@ Flags = TypeVar("Flags")
 
 
 @dataclass(frozen=True)
-class TrainFlags(FaultPolicy, TrainConfig):
-    """The flags of `jaxgpt train`: a run's configuration, where to read and write, and what to do about faults."""
+class TrainFlags(FaultPolicy, DeviceLayout, TrainConfig):
+    """The flags of `jaxgpt train`: a run's configuration, devices, where to read and write, what to do about faults."""
 
+    batch_tokens: int = 0
+    """The batch in tokens, in place of --batch-size: a multiple of --model.block-size (0 = by --batch-size)."""
     out_dir: Path | None = None
     """Run folder (default: runs/<dataset>-<preset>-<time>). A run of the same configuration there is resumed."""
     data_dir: Path | None = None
@@ -43,7 +45,24 @@ class TrainFlags(FaultPolicy, TrainConfig):
 
 def config_of(flags: TrainConfig) -> TrainConfig:
     """The configuration in flags that extend it: the fields that determine a run's numbers."""
-    return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
+    if batch_tokens := getattr(flags, "batch_tokens", 0):
+        values["batch_size"] = _rows_of(batch_tokens, flags)
+    return TrainConfig(**values)
+
+
+def _rows_of(batch_tokens: int, flags: TrainConfig) -> int:
+    """The batch size that --batch-tokens gives. Raises `UserError` if there is none, or another one was given too."""
+    block_size, default = flags.model.block_size, PRESETS[flags.preset].batch_size
+    rows, rest = divmod(batch_tokens, block_size)
+    if rows < 1 or rest:
+        near = max(1, round(batch_tokens / block_size)) * block_size
+        raise UserError(
+            f"--batch-tokens {batch_tokens}: no multiple of --model.block-size {block_size}; give one, as {near}"
+        )
+    if flags.batch_size not in (default, rows):
+        raise UserError(f"--batch-tokens {batch_tokens}: --batch-size {flags.batch_size} is another; give one of both")
+    return rows
 
 
 def parse_train_flags(args: list[str], description: str | None, prog: str, flags: type[Flags] = TrainFlags) -> Flags:

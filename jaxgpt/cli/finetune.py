@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxgpt.cli.args import parse_flags
-from jaxgpt.config import FaultPolicy, FinetuneConfig, ModelConfig
+from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ModelConfig
 from jaxgpt.signals import warning_signals
 
 
 @dataclass(frozen=True)
-class FinetuneFlags(FaultPolicy, FinetuneConfig):
+class FinetuneFlags(FaultPolicy, DeviceLayout, FinetuneConfig):
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a language model's run: the classifier starts from its weights, and takes its model and tokenizer."""
     checkpoint: Literal["result", "last", "best"] = "result"
@@ -50,4 +50,5 @@ def _finetune(flags: FinetuneFlags, started: float) -> int:
 
     test = config.test_dataset and f"file:{path_of(config.test_dataset).resolve()}"
     config = dataclasses.replace(config, dataset=data.name, test_dataset=test)
-    return finetune(flags.run, flags.checkpoint, config, data, flags.out_dir, flags.overwrite, display, started, flags)
+    rest = (display, started, flags, flags.mesh)
+    return finetune(flags.run, flags.checkpoint, config, data, flags.out_dir, flags.overwrite, *rest)

@@ -28,4 +28,4 @@ def _train(flags: TrainFlags, started: float) -> int:
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
     rest = (display, started, flags.data_dir, flags.loader, flags.summary)
-    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags)
+    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags, flags.mesh)

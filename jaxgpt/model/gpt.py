@@ -29,7 +29,11 @@ require_sound_jaxlib()
 Params = Mapping[str, Array]  # "blocks.0.attn.Wq.kernel" -> array: flat, so that names select, convert and save
 Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] each
 
+# A parameter's name, this device's shard of it, and a dtype -> the whole parameter in that dtype.
+Gather = Callable[[str, Array, Any], Array]
+
 REMAT_POLICIES = {  # what the backward pass finds saved of a block, beside its input
+    "none": lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p,  # only with `Gather`: gathers again
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -257,6 +261,7 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, numerics, rngs, index) for index in range(config.n_layer)])
         self.ln_f = layer_norm(config.n_embd, numerics, rngs)
         self.compute_dtype, self.remat = numerics.compute_dtype, numerics.remat
+        self.gather: Gather | None = None  # set by `bind`
         if config.tied_head:
             self.lm_head = None
         else:
@@ -300,13 +305,32 @@ class GPT(nnx.Module):
         new_cache = []
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             apply = partial(
-                block, n_rows=n_rows, row_key_B=row_key_B, cache=block_cache, start=start, document_BT=document_BT
+                self._apply_block,
+                block,
+                n_rows=n_rows,
+                row_key_B=row_key_B,
+                cache=block_cache,
+                start=start,
+                document_BT=document_BT,
             )
-            if self.remat != "none":
+            if self.remat != "none" or self.gather is not None:
                 apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat])
             x_NC, block_cache = apply(x_NC)
             new_cache.append(block_cache)
         return self.ln_f(x_NC).reshape(x_BTC.shape), new_cache if cache is not None else None
+
+    def _apply_block(self, block: Block, x_NC: Array, **arguments: Any) -> Any:
+        """A block's result; of sharded parameters, those of the block are gathered for it alone."""
+        if self.gather is not None:
+            gather, prefix = self.gather, f"blocks.{block.index}."
+            graphdef, shards = nnx.split(block)
+
+            def whole(path: tuple[Any, ...], p: Any) -> Any:
+                dtype = self.compute_dtype if p.ndim > 1 else p.dtype  # cast: a kernel before it is gathered
+                return p.replace(gather(prefix + _dotted(path), p[...], dtype))
+
+            block = nnx.merge(graphdef, nnx.map_state(whole, shards))
+        return block(x_NC, **arguments)
 
     def attention_maps(self, idx_BT: Array) -> Array:
         """The attention weights of every layer and head, [B, L, H, T, S].
@@ -401,18 +425,23 @@ def init_params(
     return {_dotted(path): variable[...].astype(numerics.param_dtype) for path, variable in nnx.to_flat_state(state)}
 
 
-def bind(
-    config: ModelConfig, vocab_size: int, numerics: Numerics, n_classes: int | None = None
-) -> Callable[[Params], Any]:
+def bind(config: ModelConfig, vocab_size: int, numerics: Numerics, n_classes: int | None = None) -> Callable[..., Any]:
     """A function from parameters to the model that has them, for use inside jit.
 
-    It splits the module once (`nnx.split`) and merges it while tracing (`nnx.merge`).
+    It splits the module once (`nnx.split`) and merges it while tracing (`nnx.merge`). The function's second argument
+    `gather` is for sharded parameters: the model gathers each block's when it computes the block, in the backward pass
+    again, and all others at once.
     """
     graphdef, paths = abstract_model(config, vocab_size, numerics, n_classes)
 
-    def model(params: Params) -> Any:
+    def model(params: Params, gather: Gather | None = None) -> Any:
         assert len(params) == len(paths), "parameters of another model"
-        return nnx.merge(graphdef, nnx.from_flat_state([(path, params[_dotted(path)]) for path in paths]))
+        if gather is not None:
+            rest = (name for name in params if not name.startswith("blocks."))
+            params = {**params, **{name: gather(name, params[name], params[name].dtype) for name in rest}}
+        merged = nnx.merge(graphdef, nnx.from_flat_state([(path, params[_dotted(path)]) for path in paths]))
+        merged.gather = gather
+        return merged
 
     return model
 

@@ -41,6 +41,7 @@ def finetune(
     display: ProgressDisplay,
     started: float,
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
+    mesh: str = "",
 ) -> int:
     """Trains a classifier from the weights of a run to the end, or resumes the one in `out_dir`.
 
@@ -48,7 +49,7 @@ def finetune(
         base: the folder of a language model's run.
         which: which of its checkpoints: "last", "best" or "result".
         data: the texts with their labels.
-        out_dir, overwrite, display, started, policy: as in `language_modeling.train`.
+        out_dir, overwrite, display, started, policy, mesh: as in `language_modeling.train`.
 
     Returns:
         The command's exit code, as `run_training` gives it.
@@ -67,7 +68,7 @@ def finetune(
     config = dataclasses.replace(
         config, model=base_run.config.model, steps=config.epochs * math.ceil(len(train) / config.batch_size)
     )
-    executor = build_executor(config, tokenizer, data.labels, trains=True)
+    executor = build_executor(config, tokenizer, data.labels, trains=True, mesh=mesh)
     config, objective = executor.config, executor.objective
     splits = {
         name: _encoded(examples, tokenizer, config, name) for name, examples in (("train", train), ("test", data.test))

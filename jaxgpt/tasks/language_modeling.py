@@ -50,6 +50,7 @@ def train(
     loader: str = "auto",
     summarise: bool = False,
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
+    mesh: str = "",
 ) -> int:
     """Trains a language model to the end, or resumes the run in `out_dir`.
 
@@ -60,6 +61,7 @@ def train(
         loader: where the tokens are kept: auto, device or host.
         summarise: print first the layers, their parameters, and what a step costs.
         policy: what to do about warning signals and failed saves.
+        mesh: how devices share the training, as `parallel.mesh_shape` reads it.
 
     Returns:
         The command's exit code, as `run_training` gives it.
@@ -68,7 +70,7 @@ def train(
         UserError: before anything is written; or as `run_training` does, which raises the other errors too.
     """
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
-    data, executor = build_language_modeling(config, corpus, data_dir, display.line, own)
+    data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)

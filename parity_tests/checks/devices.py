@@ -32,6 +32,7 @@ from parity_tests.tolerances import row
 from torch_ref.train import whole_split_loss as torch_whole_split
 
 N_DEVICES, STEPS = 2, 20
+FSDP = "fsdp"  # the kind with a sharded state, and with accumulated gradients
 # 12 rows of 17 tokens on each device: two microbatches of 6.
 CASE = small(
     "two devices, two microbatches each", model=dataclasses.replace(SIZES, dropout=0.3), batch_size=24, clip=0.1
@@ -39,7 +40,8 @@ CASE = small(
 
 
 def check_devices(quick: bool) -> Iterator[Row]:
-    """One batch, twenty updates with an active clip, and a split's evaluation, through `jit` and `pmap`."""
+    """One batch, twenty updates with an active clip, and a split's evaluation, through `jit` and `pmap`; the last two
+    also with a sharded state."""
     if len(devices()) < N_DEVICES:
         yield row("data parallel, loss", "float64", CASE.name, note="JAX has one CPU device here", not_run=True)
         return
@@ -49,7 +51,7 @@ def check_devices(quick: bool) -> Iterator[Row]:
     yield from compare_batch("jit", "float32")
     yield from compare_batch("pmap", "float64")
     yield from compare_batch("pmap", "float32")
-    for kind in ("jit", "pmap"):
+    for kind in ("jit", "pmap", FSDP):
         yield from compare_updates(kind)
         yield from compare_evaluation(kind)
 
@@ -86,7 +88,7 @@ def compare_updates(kind: str) -> Iterator[Row]:
     theirs = TorchTraining(CASE, "float64", clip=without_epsilon)
     truth = theirs.run(STEPS)
     with precision_of("float64"):
-        side = FlaxTraining(_case(kind), "float64", devices())
+        side = FlaxTraining(_case(kind), "float64", devices(), _mesh(kind))
         errors = np.abs(np.array(side.run(STEPS)) / np.array(truth) - 1)
         ours = side.params()
     note = f"step {int(errors.argmax())}"
@@ -100,14 +102,19 @@ def compare_evaluation(kind: str) -> Iterator[Row]:
     tokens = CASE.tokens[: 17 * 100 + 5]
     truth, count = torch_whole_split(torch_model(CASE, "float64"), torch.from_numpy(tokens.astype(np.int64)), 24)
     with precision_of("float64"):
-        side = FlaxTraining(_case(kind), "float64", devices())
+        side = FlaxTraining(_case(kind), "float64", devices(), _mesh(kind))
         ours, our_count, *_ = whole_split_loss(side.executor, side.state.params, tokens, ByteTokenizer())
     error = abs(ours / truth - 1) if our_count == count == 1700 else float("inf")
     yield row("data parallel, loss", "float64", f"{_label(kind)}, evaluation", error)
 
 
 def _case(kind: str) -> Case:
-    return dataclasses.replace(CASE, config=dataclasses.replace(CASE.config, parallel=kind))
+    fields = dict(grad_accum=2) if kind == FSDP else dict(parallel=kind)
+    return dataclasses.replace(CASE, config=dataclasses.replace(CASE.config, **fields))
+
+
+def _mesh(kind: str) -> str:
+    return f"fsdp={N_DEVICES}" if kind == FSDP else ""
 
 
 def _label(kind: str) -> str:

@@ -20,6 +20,19 @@ from jaxgpt.data.sampler import BatchSampler, whole_split
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.train_step import init_state
 
+WAYS = (  # --parallel, the number of devices, --mesh, --grad-accum
+    ("jit", 1, "", 1),
+    ("jit", 2, "", 1),
+    ("jit", 8, "", 1),
+    ("pmap", 8, "", 1),
+    ("jit", 8, "data=2,fsdp=4", 1),
+    ("jit", 8, "fsdp=8", 1),
+    ("jit", 1, "", 4),
+    ("jit", 8, "data=2,fsdp=4", 2),
+    ("pmap", 4, "", 4),
+    ("jit", 4, "fsdp=4", 4),
+)
+
 
 def main() -> None:
     dtype, dropout, cache = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
@@ -33,16 +46,17 @@ def main() -> None:
     parallel.configure_jax(config, cache)
     tokens = np.random.default_rng(0).integers(0, 50, 5000).astype(np.uint8)
     losses = {}
-    for kind, n_devices in (("jit", 1), ("jit", 2), ("jit", 8), ("pmap", 8)):
-        objective = LanguageModelingObjective(dataclasses.replace(config, parallel=kind), 50, parallel.numerics(config))
-        executor = parallel.Executor(objective, jax.devices()[:n_devices])
+    for kind, n_devices, mesh, grad_accum in WAYS:
+        own = dataclasses.replace(config, parallel=kind, grad_accum=grad_accum)
+        objective = LanguageModelingObjective(own, 50, parallel.numerics(own))
+        executor = parallel.Executor(objective, jax.devices()[:n_devices], mesh)
         state, loader = executor.init_state(), DeviceLoader(tokens, BatchSampler(config, len(tokens)), executor.put)
         metrics = []
         for n_steps in (20, 1, 29):
             state, rows = executor.train_steps(state, loader.take(len(metrics), n_steps), n_steps)
             metrics += rows.tolist()
         loss, count = executor.evaluate(state.params, whole_split(tokens[: 80 * 24 + 1], 48, 24)).sum(0)
-        losses[f"{kind} {n_devices}"] = {
+        losses[" ".join(map(str, (kind, n_devices, mesh, grad_accum)))] = {
             "loss": [loss for loss, _ in metrics],
             "grad_norm": [norm for _, norm in metrics],
             "whole": loss / count,

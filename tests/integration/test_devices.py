@@ -1,4 +1,4 @@
-"""jit on one, two and eight devices and pmap on eight are the same training."""
+"""jit and pmap, on one device and several, with a sharded state and with accumulation, are the same training."""
 
 import json
 import os
@@ -27,10 +27,10 @@ def test_one_device_and_several_give_the_same_losses(tmp_path, dtype, dropout, t
         [sys.executable, script, dtype, str(dropout), tmp_path], env=env, capture_output=True, text=True, check=True
     )
     runs = json.loads(out.stdout)
-    one = runs["jit 1"]
+    one = runs["jit 1  1"]
     assert len(one["loss"]) == 50 and len(set(one["loss"])) == 50 and np.isfinite(one["loss"]).all()
     assert max(one["grad_norm"]) > 0.1  # the clip was at work
-    assert len(runs) == 4
+    assert len(runs) == 10
     for run in runs.values():
         assert not run["shapes_have_device_axis"] and run["step"] == 50 and run["count"] == 80 * 24
         np.testing.assert_allclose(run["loss"], one["loss"], rtol=0, atol=tolerance)

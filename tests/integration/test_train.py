@@ -168,3 +168,36 @@ def test_other_dtypes(cli, text_file, tmp_path, dtype, stored):
     assert train(cli, text_file, out, "--steps=3", f"--dtype={dtype}").returncode == 0
     assert json.loads((out / "summary.json").read_text())["dtype"] == dtype
     assert {str(p.dtype) for p in read_state(out, 3)["params"].values()} == {stored}
+
+
+def test_a_sharded_state_trains_the_same(cli, text_file, trained, tmp_path):
+    done = train(cli, text_file, tmp_path / "run", "--steps", "60", "--mesh", "fsdp=2", "--grad-accum", "2")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(
+        (tmp_path / "run/steps.csv").read_text().splitlines()[1:],
+        (trained / "steps.csv").read_text().splitlines()[1:],
+        strict=True,
+    ):
+        # float32: the order of sums, which 60 steps of Adam amplify.
+        assert [*map(float, ours.split(","))] == pytest.approx([*map(float, theirs.split(","))], rel=1e-3)
+    assert "mesh" not in json.loads((tmp_path / "run/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mesh", "data=3"], "--mesh data=3: is not a mesh of the 2 devices that there are"),
+        (["--mesh", "fsdp=2", "--parallel", "pmap"], "--mesh fsdp=2: --parallel pmap has no axis fsdp"),
+        (["--grad-accum", "3"], "--grad-accum 3: does not divide --batch-size 8"),
+        (
+            ["--mesh", "data=2", "--grad-accum", "8"],
+            "--grad-accum 8: does not divide the 4 rows that each of 2 devices has",
+        ),
+        (["--batch-tokens", "100"], "--batch-tokens 100: no multiple of --model.block-size 16; give one, as 96"),
+        (["--batch-tokens", "64"], "--batch-tokens 64: --batch-size 8 is another; give one of both"),
+    ],
+)
+def test_devices_that_cannot_share_a_step(cli, text_file, tmp_path, flags, message):
+    done = train(cli, text_file, tmp_path / "run", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert message in done.stderr and not (tmp_path / "run").exists()

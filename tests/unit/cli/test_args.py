@@ -27,6 +27,11 @@ def test_the_configuration_in_the_flags():
     assert type(config) is TrainConfig
 
 
+def test_a_batch_in_tokens():
+    assert config_of(parse("--batch-tokens", "1024", "--model.block-size", "64")).batch_size == 16
+    assert config_of(parse("--model.block-size", "64")).batch_size == TrainConfig().batch_size
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
