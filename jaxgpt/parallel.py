@@ -471,20 +471,20 @@ def _jit(
     """
     single = mesh.size == 1
 
-    def program(first, rest):
+    def on_device(first, rest):
         context = SINGLE_DEVICE if single else _step_context(mesh, lax.axis_index(ROWS), ROWS, shard_axes)
         return function(first, *rest, context)
 
     if not single:
         # check_vma would insert all-reduces of its own into the gradients of replicated arrays: ours are written out.
         in_specs = (first, PartitionSpec())
-        program = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+        on_device = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
 
-    def call(first, *rest):
-        return program(first, rest)
+    def program(first, *rest):
+        return on_device(first, rest)
 
     shardings = jax.tree.map(partial(NamedSharding, mesh), out)
-    return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=shardings)
+    return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=shardings)
 
 
 def _pmap(function: Callable, mesh: Mesh, donate: bool) -> Callable:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import types
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.data import sampler
 from jaxgpt.data.loader import make_loader
 from jaxgpt.data.sampler import BatchSampler, whole_split
 from jaxgpt.data.tokenizer import ByteTokenizer
@@ -380,3 +382,24 @@ def test_a_checkpoint_of_one_layout_is_restored_in_another(tmp_path, first, then
     _, expected = written.train_steps(state, loader.take(3, 5), 5)
     _, found = read.train_steps(restored, loader_of(read).take(3, 5), 5)
     np.testing.assert_allclose(found, expected, rtol=2e-5)  # float32: some units in the last place, amplified by Adam
+
+
+@pytest.mark.parametrize("packing", ["chunks", pytest.param("windows", marks=pytest.mark.slow)])
+def test_in_10000_steps_no_window_is_wrong_missing_or_doubled(packing):
+    """Of all devices of each mesh together, for every step of epochs of 7 batches, whose last chunks fill no batch."""
+    block_size, batch_size, n_steps = 4, 16, 10_000
+    config = TrainConfig(batch_size=batch_size, packing=packing, model=ModelConfig(block_size=block_size))
+    tokens_N = jnp.arange(block_size * (batch_size * 7 + 5) + 1)
+    start_KB = BatchSampler(config, len(tokens_N)).starts(0, n_steps)
+    window_KBT = np.asarray(tokens_N)[start_KB[..., None] + np.arange(block_size + 1)]
+    if packing == "chunks":
+        for epoch in start_KB[: n_steps // 7 * 7].reshape(-1, 7 * batch_size):
+            assert len(set(epoch)) == len(epoch) and not (epoch % block_size).any()
+    for n_devices, mesh in ((1, ""), (2, ""), (4, "data=2,fsdp=2"), (8, "data=2,fsdp=4"), (8, "fsdp=8")):
+        devices = np.array(jax.devices()[:1] * n_devices).reshape(parallel.mesh_shape(mesh, n_devices))
+        stand_in = types.SimpleNamespace(devices=devices, size=n_devices)
+        contexts = [parallel._step_context(stand_in, jnp.int32(i), parallel.ROWS) for i in range(n_devices)]
+        rows = [jax.vmap(context.local_rows)(jnp.asarray(start_KB)) for context in contexts]
+        windows = [np.asarray(sampler.windows(tokens_N, r.reshape(-1), block_size)) for r in rows]
+        windows = [w.reshape(n_steps, -1, block_size + 1) for w in windows]
+        np.testing.assert_array_equal(np.concatenate(windows, axis=1), window_KBT)
