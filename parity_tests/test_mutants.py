@@ -16,7 +16,7 @@ from parity_tests.engine.mutants import caught, worst_row
 from parity_tests.mutants import MUTANTS, find
 from parity_tests.probes import PROBES
 
-SAMPLE = 8
+SAMPLE = 5
 
 
 def sample_seed() -> str:

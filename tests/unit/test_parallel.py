@@ -217,9 +217,10 @@ def whole_batch_losses():
 @pytest.mark.parametrize(
     "n_devices, fields",
     [
-        (1, dict(grad_accum=4)),
-        (2, dict(grad_accum=2, remat="block")),
-        (2, dict(mesh="fsdp=2", grad_accum=2)),
+        (2, dict(mesh="fsdp=2", grad_accum=2, remat="block")),
+        pytest.param(1, dict(grad_accum=4), marks=pytest.mark.slow),
+        pytest.param(2, dict(grad_accum=2, remat="block"), marks=pytest.mark.slow),
+        pytest.param(2, dict(mesh="fsdp=2", grad_accum=2), marks=pytest.mark.slow),
         pytest.param(2, dict(mesh="fsdp=2"), marks=pytest.mark.slow),
         pytest.param(2, dict(mesh="data=1", remat="block"), marks=pytest.mark.slow),
         pytest.param(1, dict(grad_accum=8), marks=pytest.mark.slow),
@@ -241,6 +242,7 @@ def test_accumulation_that_does_not_divide_a_devices_rows_is_refused():
         parallel.Executor(objective, jax.devices()[:1] * 2)
 
 
+@pytest.mark.slow
 def test_accumulating_takes_less_memory():
     """What the compiler plans for activations and gradients, where activations are most of it."""
     config = dataclasses.replace(SMALL, batch_size=32, model=dataclasses.replace(SMALL.model, block_size=64))
