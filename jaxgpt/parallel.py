@@ -281,10 +281,12 @@ class Executor:
         return self.objective.config
 
     def describe_devices(self) -> str:
-        """The devices for a person: "CPU", "2 x CPU" or the accelerator's name."""
+        """The devices for a person: "CPU", "2 x CPU", "8 x NVIDIA H100 80GB HBM3 (data=4,fsdp=2)"."""
         devices = list(self.mesh.devices.flat)
         kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-        return f"{self.mesh.size} x {kind}" if self.mesh.size > 1 else kind
+        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        sharded = f" ({mesh})" if self.mesh.shape[FSDP] > 1 else ""
+        return f"{self.mesh.size} x {kind}{sharded}" if self.mesh.size > 1 else kind
 
     @property
     def bytes_for_tokens(self) -> int:

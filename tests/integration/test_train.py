@@ -180,6 +180,7 @@ def test_a_sharded_state_trains_the_same(cli, text_file, trained, tmp_path):
     ):
         # float32: the order of sums, which 60 steps of Adam amplify.
         assert [*map(float, ours.split(","))] == pytest.approx([*map(float, theirs.split(","))], rel=1e-3)
+    assert "on 2 x CPU (data=1,fsdp=2) in float32" in done.stdout
     assert "mesh" not in json.loads((tmp_path / "run/config.json").read_text())
 
 
