@@ -35,6 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxgpt.compilation_cache import enable_compilation_cache
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
+from jaxgpt.model.attention import AttentionImplementation
 from jaxgpt.model.gpt import Numerics
 from jaxgpt.objective import Objective
 from jaxgpt.train_step import (
@@ -107,9 +108,8 @@ def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numeri
     if dtype == "float64":
         return Numerics(jnp.float64, jnp.float64, remat=config.remat)
     compute_dtype = jnp.dtype(dtype)
-    flash = compute_dtype == jnp.bfloat16 and _has_flash_attention(device, config.model.n_embd // config.model.n_head)
-    flash = flash and not config.within_documents  # it knows the causal mask only
-    found = Numerics(jnp.float32, compute_dtype, "cudnn" if flash else "xla", remat=config.remat)
+    attention = _flash_attention(device, config) if compute_dtype == jnp.bfloat16 else "xla"
+    found = Numerics(jnp.float32, compute_dtype, attention, remat=config.remat)
     if on_cpu:
         return found
     # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
@@ -117,14 +117,20 @@ def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numeri
     return dataclasses.replace(found, chunk_logits=2**29, head_multiple=128, fused_qkv=True)
 
 
-def _has_flash_attention(device: Any, head_size: int) -> bool:
-    """Whether cuDNN's attention runs there in bfloat16: from Ampere on, heads of 8, 16, ... 128 (Hopper: 256)."""
+def _flash_attention(device: Any, config: TrainConfig | FinetuneConfig) -> AttentionImplementation:
+    """The attention of a training step in bfloat16: a kernel of the device where it takes these sizes, else "xla"."""
+    head_size = config.model.n_embd // config.model.n_head
+    if device.platform == "tpu":
+        # The kernels' blocks are multiples of the 128 lanes of a register.
+        return "splash" if config.n_time % 128 == 0 else "xla"
     capability = getattr(device, "compute_capability", "")  # "9.0" on CUDA, "gfx942" on ROCm, none elsewhere
     try:
         generation = float(capability)
     except ValueError:
-        return False
-    return generation >= 8 and head_size % 8 == 0 and head_size <= (256 if generation >= 9 else 128)
+        return "xla"
+    # cuDNN: from Ampere on, heads of 8, 16, ... 128 (Hopper: 256); with a mask, as of documents, an even T.
+    allowed = generation >= 8 and head_size % 8 == 0 and head_size <= (256 if generation >= 9 else 128)
+    return "cudnn" if allowed and not (config.within_documents and config.n_time % 2) else "xla"
 
 
 def _cpu_devices_are_given() -> bool:

@@ -1,8 +1,11 @@
-"""Causal attention: plain for any dtype and cache, blocked with a custom VJP for training, or cuDNN's flash attention.
+"""Causal attention: plain for any dtype and cache, blocked with a custom VJP for training, or a flash attention kernel.
+
+On NVIDIA GPUs the kernel is cuDNN's, on TPUs the splash attention of `jax.experimental.pallas`; both in bfloat16.
 
 Axes: B batch, H heads, G = B*H, T time of queries, S time of keys, D head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -11,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import optimization_barrier
 
-AttentionImplementation = Literal["xla", "cudnn"]
+AttentionImplementation = Literal["xla", "cudnn", "splash"]
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block, and blocks of a sequence
+SPLASH_BLOCKS = 1024, 512, 256, 128  # queries and keys of a block of splash attention: the first that divides T
 
 
 def causal_attention(
@@ -28,14 +32,19 @@ def causal_attention(
 
     Args:
         start: the time of the first query; with a cache, the number of keys before it.
-        implementation: "cudnn" for flash attention on NVIDIA GPUs: bfloat16, T = S, start 0, no documents.
+        implementation: "cudnn" or "splash" for a kernel that never stores the weights; T = S and start 0, so it is for
+            training only. `parallel.numerics` knows where each may be used.
         document_BT: with packed documents, the number of each token's document; a query sees the keys of its own only.
 
     Returns:
         [B, T, H, D] in the inputs' dtype.
     """
-    if implementation == "cudnn":  # bfloat16, and T = S with start 0: `parallel.numerics` chooses it for training only
-        return jax.nn.dot_product_attention(q_BTHD, k_BSHD, v_BSHD, is_causal=True, implementation="cudnn")
+    if implementation == "cudnn":
+        # cuDNN adds the mask to the scores as 0 or a number so low that its exponential is exactly 0.
+        mask = None if document_BT is None else _same_document(document_BT)
+        return jax.nn.dot_product_attention(q_BTHD, k_BSHD, v_BSHD, mask=mask, is_causal=True, implementation="cudnn")
+    if implementation == "splash":
+        return splash_attention(q_BTHD, k_BSHD, v_BSHD, document_BT)
     # jax.nn.dot_product_attention(implementation="xla") computes its softmax in float32 even for float64 inputs, so
     # equality with PyTorch could not be shown beyond 1e-7, and it is slower on a CPU (docs/speed-log.md).
     n_rows, n_queries, n_head, head_size = q_BTHD.shape
@@ -58,13 +67,110 @@ def attention_weights(q_BTHD: Array, k_BSHD: Array, start: Array | int = 0, docu
     Returns:
         [B, H, T, S] in float32, or float64 for float64 inputs; exactly 0 for masked keys.
     """
-    stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
-    score_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
+    score_BHTS = _scores(q_BTHD, k_BSHD)
     mask_TS = jnp.arange(k_BSHD.shape[1]) <= start + jnp.arange(q_BTHD.shape[1])[:, None]
-    mask = (
-        mask_TS if document_BT is None else mask_TS & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
-    )
+    mask = mask_TS if document_BT is None else mask_TS & _same_document(document_BT)
     return jax.nn.softmax(jnp.where(mask, score_BHTS * q_BTHD.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+
+
+def _same_document(document_BT: Array) -> Array:
+    """Whether query and key stand in the same document, bool [B, 1, T, T]."""
+    return document_BT[:, None, :, None] == document_BT[:, None, None, :]
+
+
+@jax.custom_vjp
+def _scores(q_BTHD: Array, k_BSHD: Array) -> Array:
+    """q k', [B, H, T, S] in float32, or float64 for float64 inputs.
+
+    The custom VJP rounds the gradient to the inputs' dtype. Without it the backward pass multiplies float32 by
+    bfloat16: at the highest precision, six passes of a matrix unit that is made for bfloat16.
+    """
+    stream_dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    return jnp.einsum("BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=stream_dtype)
+
+
+def _scores_bwd(residuals: tuple[Array, Array], grad_BHTS: Array) -> tuple[Array, Array]:
+    q_BTHD, k_BSHD = residuals
+    _, product_vjp = jax.vjp(partial(jnp.einsum, "BTHD,BSHD->BHTS"), q_BTHD, k_BSHD)
+    return product_vjp(grad_BHTS.astype(q_BTHD.dtype))  # cast: the scores' gradient to the compute dtype
+
+
+_scores.defvjp(lambda q_BTHD, k_BSHD: (_scores(q_BTHD, k_BSHD), (q_BTHD, k_BSHD)), _scores_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def splash_attention(
+    q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Array | None = None, interpret: bool = False
+) -> Array:
+    """Causal attention of whole sequences by the splash attention kernels of `jax.experimental.pallas`, for TPUs.
+
+    Scores, softmax and sums are float32 in the kernels, whatever the inputs' dtype. The queries are scaled before
+    they are rounded to it: exactly where the head size is a power of 4.
+
+    Args:
+        q_BTHD, k_BTHD, v_BTHD: T a multiple of 128.
+        document_BT: as in `causal_attention`; the kernels skip no block for it.
+        interpret: runs the kernels as plain JAX on any platform: slowly, for tests.
+
+    Returns:
+        [B, T, H, D] in the inputs' dtype.
+    """
+    return _splash_attention_fwd(q_BTHD, k_BTHD, v_BTHD, document_BT, interpret)[0]
+
+
+def _splash_attention_fwd(
+    q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Array | None, interpret: bool
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """The output, and as residual the kernels' own VJP.
+
+    The kernels' products inherit `jax_default_matmul_precision`, and Mosaic compiles none of bfloat16 operands at
+    "highest", which the trainer sets: hence this custom VJP around theirs, which sets the precision of both passes.
+    """
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(lambda q, k, v: _splash_kernels(q, k, v, document_BT, interpret), q_BTHD, k_BTHD, v_BTHD)
+
+
+def _splash_attention_bwd(
+    interpret: bool, kernels_vjp: Callable[[Array], tuple[Array, Array, Array]], grad_BTHD: Array
+) -> tuple[Array, Array, Array, None]:
+    with jax.default_matmul_precision("default"):
+        return *kernels_vjp(grad_BTHD), None
+
+
+splash_attention.defvjp(_splash_attention_fwd, _splash_attention_bwd)
+
+
+def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Array | None, interpret: bool) -> Array:
+    # Imported here: half a second that only a TPU's program needs.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    n_time, n_head, head_size = q_BTHD.shape[1:]
+    # The largest block: each has the fixed cost of a softmax over blocks, which outweighs the masked half of the
+    # diagonal's (docs/accelerators.md). Where one block holds the sequence, the backward pass is one kernel in place of
+    # two; with more, its gradients of the queries would be partial sums rounded to bfloat16.
+    block = next(size for size in SPLASH_BLOCKS if n_time % size == 0)
+    fused = block == n_time
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((n_time, n_time))] * n_head),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=None if fused else block,
+            block_kv_dq=None if fused else block,
+            use_fused_bwd_kernel=fused,
+        ),
+        interpret=interpret,
+    )
+    scaled_BTHD = (q_BTHD.astype(jnp.float32) * head_size**-0.5).astype(q_BTHD.dtype)
+    heads = [x_BTHD.swapaxes(1, 2) for x_BTHD in (scaled_BTHD, k_BTHD, v_BTHD)]
+    if document_BT is None:
+        out_BHTD = jax.vmap(kernel)(*heads)
+    else:
+        segment_ids = splash_attention_kernel.SegmentIds(document_BT, document_BT)
+        out_BHTD = jax.vmap(kernel)(*heads, segment_ids)
+    return out_BHTD.swapaxes(1, 2)
 
 
 @jax.custom_vjp
