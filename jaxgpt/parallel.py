@@ -112,9 +112,12 @@ def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numeri
     found = Numerics(jnp.float32, compute_dtype, attention, remat=config.remat)
     if on_cpu:
         return found
-    # Chunks of the loss large enough for full speed: ten thousand tokens of GPT-2's. 50257 columns would keep the
-    # matrix units from their fast path. Three products in one start are one (on CPU it gains nothing: benchmarks.md).
-    return dataclasses.replace(found, chunk_logits=2**29, head_multiple=128, fused_qkv=True)
+    # Chunks of the loss large enough for full speed: five thousand tokens of GPT-2's. Each chunk reads and writes the
+    # head's gradient, which takes a TPU's slower memory longer: there twice as many (docs/accelerators.md).
+    # 50257 columns would keep the matrix units from their fast path. Three products in one start are one (on CPU it
+    # gains nothing: benchmarks.md).
+    chunk_logits = 2**29 if device.platform == "tpu" else 2**28
+    return dataclasses.replace(found, chunk_logits=chunk_logits, head_multiple=128, fused_qkv=True)
 
 
 def _flash_attention(device: Any, config: TrainConfig | FinetuneConfig) -> AttentionImplementation:

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from jaxgpt import objective, optimizer, train_step, trainer
 from jaxgpt.analysis import diagnostics
 from jaxgpt.data import labeled, sampler, token_cache
 from jaxgpt.errors import UserError
 from jaxgpt.interop import torch_names
-from jaxgpt.model import fused_ops, gpt, loss
+from jaxgpt.model import attention, fused_ops, gpt, loss
 from jaxgpt.model.gpt import GPT
 from jaxgpt.objective import LanguageModelingObjective
 from parity_tests import device_faults, faults
@@ -264,6 +265,25 @@ MUTANTS = [
         "packed documents see each other",
         wrap(gpt, "causal_attention", faults.documents_not_separated),
         ("packed documents",),
+    ),
+    Mutant(
+        "splash attention's documents see each other",
+        wrap(attention, "_splash_kernels", lambda real: lambda q, k, v, documents, *rest: real(q, k, v, None, *rest)),
+        ("splash attention",),
+    ),
+    Mutant(
+        "splash attention sees the next token",
+        wrap(splash_attention_mask, "CausalMask", lambda real: lambda shape: real(shape, offset=1)),
+        ("splash attention",),
+    ),
+    Mutant(
+        "splash attention without its scale",
+        wrap(
+            attention,
+            "_splash_kernels",
+            lambda real: lambda q, *rest: real(q * q.shape[-1] ** 0.5, *rest),
+        ),
+        ("splash attention",),
     ),
     Mutant("positions go on over documents", wrap(sampler, "documents", faults.positions_go_on), ("packed documents",)),
     Mutant(

@@ -12,6 +12,7 @@ from parity_tests.checks import (
     files,
     gpt2,
     inside,
+    kernels,
     ops,
     packing,
     randomness,
@@ -33,6 +34,7 @@ PROBES: dict[str, Probe] = {
     "ops": lambda: (row for op in ops.ops() for row in ops.compare_op(op, ("float64",))),
     "ops float32": lambda: (row for op in ops.ops()[:3] for row in ops.compare_op(op, ("float32",))),
     "out_of_range": lambda: ops.check_out_of_range(True),
+    "splash attention": lambda: kernels.check_splash_attention(True),
     "block": lambda: ops.compare_block(small("block"), ("float64",)),
     "model": lambda: whole_model.compare_model(small("small"), "float64"),
     "model, dropout": lambda: whole_model.compare_model(

@@ -150,6 +150,8 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
     # two; with more, its gradients of the queries would be partial sums rounded to bfloat16.
     block = next(size for size in SPLASH_BLOCKS if n_time % size == 0)
     fused = block == n_time
+    # Saved as [B, H, D, T]: a head size below 128 as the last axis would be padded to a register's 128 lanes.
+    time_last = splash_attention_kernel.QKVLayout.SEQ_MINOR
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((n_time, n_time))] * n_head),
         block_sizes=splash_attention_kernel.BlockSizes(
@@ -160,6 +162,9 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
             block_q_dq=None if fused else block,
             block_kv_dq=None if fused else block,
             use_fused_bwd_kernel=fused,
+            q_layout=time_last,
+            k_layout=time_last,
+            v_layout=time_last,
         ),
         interpret=interpret,
     )

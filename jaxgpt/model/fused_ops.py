@@ -1,6 +1,8 @@
 """LayerNorm and GELU with custom VJPs that make few passes over memory."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,3 +83,21 @@ def _exact_gelu_fwd(x: Array) -> Any:
 
 
 _exact_gelu.defvjp(_exact_gelu_fwd, lambda slope, grad: (slope * grad,))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(function: Callable[[Array], Array], x: Array) -> Array:
+    """function(x), elementwise, of which the backward pass saves x alone and recomputes the rest.
+
+    It pays where x is narrower than what the function computes with. `jax.checkpoint` would also put a barrier before
+    the incoming gradient, which then takes one more pass over memory.
+    """
+    return function(x)
+
+
+def _recomputed_bwd(function: Callable[[Array], Array], x: Array, grad: Array) -> tuple[Array]:
+    (x,) = optimization_barrier((x,))  # else XLA finds the forward pass's values, and keeps them
+    return jax.vjp(function, x)[1](grad)
+
+
+recomputed.defvjp(lambda function, x: (function(x), x), _recomputed_bwd)

@@ -21,7 +21,7 @@ from jax import Array
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import fused_ops
 from jaxgpt.model.attention import AttentionImplementation, attention_weights, causal_attention
-from jaxgpt.model.fused_ops import gelu
+from jaxgpt.model.fused_ops import gelu, recomputed
 from jaxgpt.versions import require_sound_jaxlib
 
 require_sound_jaxlib()
@@ -209,8 +209,13 @@ class MLP(nnx.Module):
         self.proj = linear(4 * config.n_embd, config.n_embd, config, numerics, rngs, residual_init(config))
 
     def __call__(self, x_NC: Array) -> Array:
-        hidden_NF = self.fc(x_NC).astype(x_NC.dtype)  # cast: GELU in the residual stream's dtype
-        return self.proj(gelu(hidden_NF, self.gelu))
+        def activation(hidden_NF: Array) -> Array:
+            return gelu(hidden_NF.astype(x_NC.dtype), self.gelu)  # cast: GELU in the residual stream's dtype
+
+        hidden_NF = self.fc(x_NC)
+        if hidden_NF.dtype == x_NC.dtype:
+            return self.proj(activation(hidden_NF))
+        return self.proj(recomputed(activation, hidden_NF))  # saves bfloat16: a third of a block's saved bytes less
 
 
 class Block(nnx.Module):

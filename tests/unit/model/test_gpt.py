@@ -138,15 +138,18 @@ def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
         device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
         return parallel.numerics(TrainConfig(**fields), device)
 
-    on_gpu = dict(chunk_logits=2**29, head_multiple=128, fused_qkv=True)
+    on_gpu = dict(chunk_logits=2**28, head_multiple=128, fused_qkv=True)
     assert chosen("9.0") == Numerics(jnp.float32, jnp.dtype("bfloat16"), "cudnn", **on_gpu)
     assert chosen("9.0", dtype="float32").attention == "xla"
     assert chosen("9.0", model=ModelConfig(n_embd=12, n_head=3)).attention == "xla"  # heads of 4
     wide = ModelConfig(n_embd=256, n_head=1)
     assert [chosen(c, model=wide).attention for c in ("9.0", "8.0")] == ["cudnn", "xla"]
     assert [chosen(c).attention for c in ("7.5", "gfx942", "8.6")] == ["xla", "xla", "cudnn"]
-    tpu = types.SimpleNamespace(platform="tpu")
-    assert parallel.numerics(TrainConfig(), tpu) == dataclasses.replace(chosen("9.0"), attention="xla")
+    documents = [
+        chosen("9.0", packing="documents", tokenizer="gpt2", model=ModelConfig(block_size=T)).attention
+        for T in (128, 129)
+    ]
+    assert documents == ["cudnn", "xla"]
     asked = {}
 
     def attention(q, k, v, **kwargs):
@@ -156,7 +159,21 @@ def test_cudnn_attention_is_asked_for_where_it_is_allowed(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
     q = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
     models.causal_attention(q, q, q, 0, "cudnn")
-    assert asked == {"is_causal": True, "implementation": "cudnn"}
+    assert asked == {"is_causal": True, "implementation": "cudnn", "mask": None}
+    models.causal_attention(q, q, q, 0, "cudnn", jnp.array([[0, 0, 1, 1]]))
+    two = np.array([[True, True, False, False]] * 2)
+    np.testing.assert_array_equal(asked["mask"], np.concatenate([two, ~two])[None, None])
+
+
+def test_splash_attention_is_chosen_on_tpus_where_it_is_allowed():
+    def chosen(**fields):
+        return parallel.numerics(TrainConfig(**fields), types.SimpleNamespace(platform="tpu"))
+
+    on_tpu = dict(chunk_logits=2**29, head_multiple=128, fused_qkv=True)
+    assert chosen() == Numerics(jnp.float32, jnp.dtype("bfloat16"), "splash", **on_tpu)
+    assert chosen(packing="documents", tokenizer="gpt2").attention == "splash"
+    assert chosen(dtype="float32").attention == "xla"
+    assert [chosen(model=ModelConfig(block_size=T)).attention for T in (64, 200, 384)] == ["xla", "xla", "splash"]
 
 
 def test_on_cpu_float32_is_the_default():
