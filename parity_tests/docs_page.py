@@ -83,6 +83,8 @@ dispatch.
   row "every cast made" takes that freedom away and compares with PyTorch's bfloat16 itself.
 - **Dropout.** The suite passes the masks that our step draws to PyTorch, and tests the drawing itself statistically.
 - **Attention in float64** is written out: `jax.nn.dot_product_attention` takes its softmax in float32 in any case.
+- **The attention kernel of TPUs** runs in interpret mode on this CPU, with float32 inputs: it computes in float32
+  whatever it is given, so these rows hold its masks, its softmax over blocks and its backward pass to every digit.
 - **Data.** Each side reads and tokenizes the same texts with code of its own; the tokens must be equal.
 """
 

@@ -144,7 +144,7 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
     # Imported here: half a second that only a TPU's program needs.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    n_time, n_head, head_size = q_BTHD.shape[1:]
+    n_rows, n_time, n_head, head_size = q_BTHD.shape
     # The largest block: each has the fixed cost of a softmax over blocks, which outweighs the masked half of the
     # diagonal's (docs/accelerators.md). Where one block holds the sequence, the backward pass is one kernel in place of
     # two; with more, its gradients of the queries would be partial sums rounded to bfloat16.
@@ -168,14 +168,24 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
         ),
         interpret=interpret,
     )
+
+    # Transposes of [B, T, C] as a whole: given four axes, XLA copies each array two to three times.
+    def split_heads(x_BTHD: Array) -> Array:
+        x_BCT = x_BTHD.reshape(n_rows, n_time, -1).swapaxes(1, 2)
+        return x_BCT.reshape(n_rows, n_head, head_size, n_time).swapaxes(2, 3)
+
+    def join_heads(x_BHTD: Array) -> Array:
+        x_BCT = x_BHTD.swapaxes(2, 3).reshape(n_rows, -1, n_time)
+        return x_BCT.swapaxes(1, 2).reshape(n_rows, n_time, n_head, head_size)
+
     scaled_BTHD = (q_BTHD.astype(jnp.float32) * head_size**-0.5).astype(q_BTHD.dtype)
-    heads = [x_BTHD.swapaxes(1, 2) for x_BTHD in (scaled_BTHD, k_BTHD, v_BTHD)]
+    heads = [split_heads(x_BTHD) for x_BTHD in (scaled_BTHD, k_BTHD, v_BTHD)]
     if document_BT is None:
         out_BHTD = jax.vmap(kernel)(*heads)
     else:
         segment_ids = splash_attention_kernel.SegmentIds(document_BT, document_BT)
         out_BHTD = jax.vmap(kernel)(*heads, segment_ids)
-    return out_BHTD.swapaxes(1, 2)
+    return join_heads(out_BHTD)
 
 
 @jax.custom_vjp
