@@ -124,8 +124,8 @@ def _flash_attention(device: Any, config: TrainConfig | FinetuneConfig) -> Atten
     """The attention of a training step in bfloat16: a kernel of the device where it takes these sizes, else "xla"."""
     head_size = config.model.n_embd // config.model.n_head
     if device.platform == "tpu":
-        # The kernels' blocks are multiples of the 128 lanes of a register.
-        return "splash" if config.n_time % 128 == 0 else "xla"
+        # The kernels' blocks are multiples of the 128 lanes of a register; wider heads were not compiled.
+        return "splash" if config.n_time % 128 == 0 and head_size <= 256 else "xla"
     capability = getattr(device, "compute_capability", "")  # "9.0" on CUDA, "gfx942" on ROCm, none elsewhere
     try:
         generation = float(capability)

@@ -7,7 +7,7 @@ Axes: B batch, H heads, G = B*H, T time of queries, S time of keys, D head size.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,8 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
     # The largest block: each has the fixed cost of a softmax over blocks, which outweighs the masked half of the
     # diagonal's (docs/accelerators.md). Where one block holds the sequence, the backward pass is one kernel in place of
     # two; with more, its gradients of the queries would be partial sums rounded to bfloat16.
-    block = next(size for size in SPLASH_BLOCKS if n_time % size == 0)
+    # Blocks of 1,024 queries of more than 128 channels exceed the fast memory of a TPU v4.
+    block = next(size for size in SPLASH_BLOCKS if n_time % size == 0 and size * head_size <= 1024 * 128)
     fused = block == n_time
     # Saved as [B, H, D, T]: a head size below 128 as the last axis would be padded to a register's 128 lanes.
     time_last = splash_attention_kernel.QKVLayout.SEQ_MINOR
@@ -180,11 +181,8 @@ def _splash_kernels(q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, document_BT: Ar
 
     scaled_BTHD = (q_BTHD.astype(jnp.float32) * head_size**-0.5).astype(q_BTHD.dtype)
     heads = [split_heads(x_BTHD) for x_BTHD in (scaled_BTHD, k_BTHD, v_BTHD)]
-    if document_BT is None:
-        out_BHTD = jax.vmap(kernel)(*heads)
-    else:
-        segment_ids = splash_attention_kernel.SegmentIds(document_BT, document_BT)
-        out_BHTD = jax.vmap(kernel)(*heads, segment_ids)
+    segment_ids = None if document_BT is None else splash_attention_kernel.SegmentIds(document_BT, document_BT)
+    out_BHTD: Any = jax.vmap(kernel)(*heads, segment_ids)  # an array, as it is asked for no residuals
     return join_heads(out_BHTD)
 
 

@@ -174,6 +174,7 @@ def test_splash_attention_is_chosen_on_tpus_where_it_is_allowed():
     assert chosen(packing="documents", tokenizer="gpt2").attention == "splash"
     assert chosen(dtype="float32").attention == "xla"
     assert [chosen(model=ModelConfig(block_size=T)).attention for T in (64, 200, 384)] == ["xla", "xla", "splash"]
+    assert chosen(model=ModelConfig(n_embd=512, n_head=1)).attention == "xla"
 
 
 def test_on_cpu_float32_is_the_default():
