@@ -259,7 +259,7 @@ class DataConfig:
 class LoopConfig(DataConfig, RunConfig):
     """What is trained on, for how many epochs, and what is reported."""
 
-    preset: Literal["tinygpt", "minigpt", "wikitext2", "nanogpt-char", "nanogpt-cpu"] = "minigpt"
+    preset: Literal["tinygpt", "minigpt", "wikitext2", "nanogpt-char", "nanogpt-cpu", "gpt2"] = "minigpt"
     """The documented loop whose values are the defaults of all other flags."""
     epochs: int = 0
     """Passes over all chunks (0 = no limit but --steps)."""

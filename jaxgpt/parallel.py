@@ -355,11 +355,20 @@ class Executor:
         state, metrics_KM = self._train_steps(state, source, jnp.int32(n_steps))
         return state, np.asarray(metrics_KM)[:n_steps]
 
+    def lower_train_steps(self, source: Any) -> jax.stages.Lowered:
+        """`train_steps` lowered for the executor's devices, which this machine need not have; always as under jit.
+
+        Args:
+            source: a source of batches, or its shapes and dtypes.
+        """
+        whole = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(self.mesh, PartitionSpec()))
+        source = jax.tree.map(lambda x: whole(x.shape, x.dtype), source)
+        return self._compiled_steps().lower(self.abstract_state(), source, whole((), jnp.int32))
+
     def memory(self, source: Any) -> dict[str, int]:
         """What the compiler plans for `train_steps` on each device, in bytes; compiles it anew."""
         state = self.abstract_state()
-        # Under pmap each device has the same.
-        plan = self._compiled_steps().lower(state, source, jnp.int32(0)).compile().memory_analysis()
+        plan = self.lower_train_steps(source).compile().memory_analysis()  # under pmap each device has the same
 
         def size(tree: Any) -> int:  # of one device's shards
             sharded = ((x.dtype, getattr(x, "sharding", None), x.shape) for x in jax.tree.leaves(tree))

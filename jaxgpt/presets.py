@@ -14,6 +14,8 @@ def _gpt2_like(n_layer: int, n_head: int, n_embd: int, block_size: int, **others
 _NANOGPT: dict[str, Any] = dict(lr=1e-3, beta2=0.99, weight_decay=0.1, decay_mask="matrices", clip=1.0)
 _NANOGPT_RATE: dict[str, Any] = dict(schedule="warmup-cosine", warmup_steps=100, min_lr=1e-4)
 
+_GPT2 = _gpt2_like(12, 12, 768, 1024, gelu="tanh")
+
 PRESETS = {
     # Section 1 of docs/loops.md: the toy loop, one validation batch every 50 steps, clipped.
     "tinygpt": TrainConfig(
@@ -77,6 +79,24 @@ PRESETS = {
         **_NANOGPT,
         **_NANOGPT_RATE,
     ),
+    # GPT-2's smallest, 124 million parameters, over a billion tokens; the optimiser as in nanoGPT's
+    # config/train_gpt2.py. For accelerators.
+    "gpt2": TrainConfig(
+        preset="gpt2",
+        dataset="wikitext-103",
+        tokenizer="gpt2",
+        steps=30_518,
+        batch_size=32,
+        eval_every=1000,
+        eval_batches=200,
+        checkpoint_every=1000,
+        prompt="The history of",
+        model=_GPT2,
+        schedule="warmup-cosine",
+        warmup_steps=700,
+        min_lr=6e-5,
+        **{**_NANOGPT, "lr": 6e-4, "beta2": 0.95},
+    ),
 }
 
 
@@ -96,5 +116,5 @@ BENCHMARKS: dict[str, tuple[TrainConfig, int]] = {
     "wikitext2": (_timed_preset("wikitext2"), 50257),
     "nanogpt-cpu": (_timed_preset("nanogpt-cpu"), 65),
     "nanogpt-char": (_timed_preset("nanogpt-char"), 65),
-    "gpt2-124m": (_timed(32, _gpt2_like(12, 12, 768, 1024, gelu="tanh")), 50257),
+    "gpt2-124m": (_timed(32, _GPT2), 50257),
 }

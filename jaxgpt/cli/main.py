@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "import weights from PyTorch, and export them to it",
     "parity": "compare this machine's results with PyTorch",
     "bench": "time a training step against PyTorch",
+    "plan": "compile the training step for accelerators that are not here",
 }
 INTERRUPTED = 130  # 128 + SIGINT
 
