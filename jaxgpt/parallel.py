@@ -355,8 +355,10 @@ class Executor:
         state, metrics_KM = self._train_steps(state, source, jnp.int32(n_steps))
         return state, np.asarray(metrics_KM)[:n_steps]
 
-    def lower_train_steps(self, source: Any) -> jax.stages.Lowered:
-        """`train_steps` lowered for the executor's devices, which this machine need not have; always as under jit.
+    def lower_train_steps(self, source: Any) -> Any:
+        """`train_steps` as a `jax.stages.Lowered` for the executor's devices, which this machine need not have.
+
+        Under pmap each device has the same program as under jit, which this is.
 
         Args:
             source: a source of batches, or its shapes and dtypes.
@@ -368,7 +370,7 @@ class Executor:
     def memory(self, source: Any) -> dict[str, int]:
         """What the compiler plans for `train_steps` on each device, in bytes; compiles it anew."""
         state = self.abstract_state()
-        plan = self.lower_train_steps(source).compile().memory_analysis()  # under pmap each device has the same
+        plan = self.lower_train_steps(source).compile().memory_analysis()
 
         def size(tree: Any) -> int:  # of one device's shards
             sharded = ((x.dtype, getattr(x, "sharding", None), x.shape) for x in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Compile the training step for accelerators that are not here: python scripts/plan.py --preset gpt2 --target v5e:4x4"""
+"""Compile the training step for accelerators that are not here: python scripts/plan.py --target v5e:2x2"""
 
 from jaxgpt.cli.main import script
 

@@ -24,11 +24,10 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Instructions that move no data: they name, group or order buffers. A copy's traffic is counted where it starts.
+# Instructions that move no data: they name, group or order buffers.
 NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
-    *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "copy-done", "async-done"),
-    *("async-update", "slice-done", *(f"{kind}-done" for kind in COLLECTIVES)),
+    *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"),
 }
 SLICES = ("dynamic-slice", "slice", "gather")  # they read as much as they give
 HOST_TRANSFERS = ("infeed", "outfeed")
@@ -219,8 +218,8 @@ class CompiledProgram:
 
     def _inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
         """The instructions of a fusion, or of what an asynchronous operation calls, with those of nested ones."""
-        if instruction.opcode in ("fusion", "async-start") and "calls" in instruction.called:
-            computation = self.computations[instruction.called["calls"]]
+        if name := _kernel(instruction):
+            computation = self.computations[name]
             for inner in computation:
                 yield computation, inner
                 yield from self._inside(inner)
@@ -247,9 +246,9 @@ class CompiledProgram:
         """The products of one kernel, once."""
         for owner, inner in [(computation, instruction), *self._inside(instruction)]:
             if flop_of := _PRODUCTS.get(inner.opcode):
-                operands = [operand.types[0] for operand in owner.operands(inner)[:2]]
-                if len(operands) == 2 and (flop := flop_of(inner, *operands)):
-                    yield Product(*operands, inner.types[0], 1, flop)
+                operands = [operand.types[0] for operand in owner.operands(inner)]
+                if len(operands) >= 2 and (flop := flop_of(inner, operands[0], operands[1])):
+                    yield Product(operands[0], operands[1], inner.types[0], 1, flop)
 
     @property
     def flash_attention(self) -> FlashAttention:
@@ -322,7 +321,7 @@ class CompiledProgram:
 
     def _traffic(self, computation: Computation, instruction: Instruction) -> int:
         opcode = instruction.opcode
-        if opcode in NO_TRAFFIC:
+        if opcode in NO_TRAFFIC or opcode.endswith(("-done", "-update")):  # a copy counts where it starts
             return 0
         operands = computation.operands(instruction)
         if opcode in SLICES:
@@ -332,6 +331,8 @@ class CompiledProgram:
         if opcode in ("copy-start", "slice-start"):  # the result names source and destination
             moved = [t for t in instruction.types if t.dims]
             return sum(t.n_bytes for t in moved[:2] if not t.on_chip)
+        if opcode.endswith("-start"):  # the result repeats the operands
+            return 2 * sum(operand.n_bytes for operand in operands)
         if opcode == "fusion":
             inner = self.computations[instruction.called["calls"]]
             parameters = {int(i.argument): i for i in inner if i.opcode == "parameter"}
@@ -396,6 +397,13 @@ def _split(arguments: str) -> list[str]:
             parts.append(arguments[start:i])
             start = i + 1
     return [*parts, arguments[start:]]
+
+
+def _kernel(instruction: Instruction) -> str | None:
+    """The computation of a fusion or of an asynchronous call; None of another instruction."""
+    if instruction.opcode not in ("fusion", "async-start", "call-start", "fusion-start"):
+        return None
+    return instruction.called.get("calls") or instruction.called.get("to_apply")
 
 
 # ------------------------------------------------------------------------------------------------------------ products

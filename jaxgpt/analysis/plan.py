@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ from jaxgpt.config import TrainConfig
 from jaxgpt.data.sampler import WindowSource
 from jaxgpt.errors import UserError
 from jaxgpt.memory import size_text
-from jaxgpt.objective import LanguageModelingObjective
+from jaxgpt.objective import LanguageModelingObjective, Objective
 from jaxgpt.parallel import Executor
-from jaxgpt.train_step import SINGLE_DEVICE, train_steps
+from jaxgpt.train_step import SINGLE_DEVICE, init_state, train_steps
 
 MAX_SHAPES = 3  # float32 products, and buffers of a program that does not fit, of which the shapes are told
 N_STEPS = 16  # whose windows a dispatch brings to the devices
@@ -55,12 +55,12 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         if compiled:
             found = _compile(Executor(objective, devices), target)
         else:
-            found = {"program": _lowered(objective, target), "fits": None, "memory": {}, "problem": None}
-    program: CompiledProgram = found["program"]
-    state = jax.eval_shape(partial(_state, objective))
-    memory = {"weights": _size(state.params), "optimizer_state": _size(state.opt_state), **found["memory"]}
+            found = _Found(_lowered(objective, target), is_compiled=False)
+    program = found.program
+    state = jax.eval_shape(partial(init_state, objective))
+    memory = {"weights": _size(state.params), "optimizer_state": _size(state.opt_state), **found.memory}
     flop = _flop(objective, target, program)
-    estimated = _estimate(program, flop, config.tokens_per_step, target, n_tokens) if found["fits"] else None
+    estimated = _estimate(program, flop, config.tokens_per_step, target, n_tokens) if found.is_compiled else None
     return {
         "target": target.name,
         "devices": target.n_devices,
@@ -68,11 +68,11 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         "preset": config.preset,
         "batch_size": config.batch_size,
         "model": dataclasses.asdict(config.model),
-        "read_from": "compiled" if found["fits"] else "lowered",
+        "read_from": "compiled" if found.is_compiled else "lowered",
         "versions": _versions(),
-        "fits": found["fits"],
-        "to_fit": _to_fit(config, memory, target) if found["fits"] is False else [],
-        "problem": found["problem"],
+        "fits": found.fits,
+        "to_fit": _to_fit(config, memory, target) if found.fits is False else [],
+        "problem": found.problem,
         "bytes_per_device": memory,
         "flash_attention": _flash_attention(objective, target, program),
         "products": dict(Counter(f"{p.lhs.dtype} x {p.rhs.dtype}" for p in program.products)),
@@ -82,7 +82,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         "donatable": len(jax.tree.leaves(state)),
         "host_callbacks": program.host_callbacks,
         "flop_per_device": flop,
-        "bytes_accessed_per_device": program.bytes_accessed if found["fits"] else None,
+        "bytes_accessed_per_device": found.bytes_accessed,
         "estimated_cycles": program.estimated_cycles,
         "estimated": estimated,
     }
@@ -102,18 +102,23 @@ def _require_division(config: TrainConfig, target: Target) -> None:
         )
 
 
-def _state(objective: LanguageModelingObjective) -> Any:
-    from jaxgpt.train_step import init_state
-
-    return init_state(objective)
-
-
 def _source(config: TrainConfig) -> WindowSource:
     """The windows of a dispatch, as the loader sends them for a corpus that stays on the host."""
     return WindowSource(jax.ShapeDtypeStruct((N_STEPS, config.batch_size, config.n_time + 1), jnp.int32))  # pyright: ignore
 
 
-def _compile(executor: Executor, target: Target) -> dict[str, Any]:
+class _Found(NamedTuple):
+    """What the compiler gave."""
+
+    program: CompiledProgram
+    is_compiled: bool  # else it is lowered only
+    fits: bool | None = None
+    memory: Mapping[str, int] = {}
+    bytes_accessed: Mapping[str, int | None] | None = None
+    problem: str | None = None  # the compiler's, with a program that does not fit
+
+
+def _compile(executor: Executor, target: Target) -> _Found:
     """The compiled program and its memory; of one that does not fit, the lowered program and the compiler's message."""
     try:
         compiled = executor.lower_train_steps(_source(executor.config)).compile()
@@ -123,7 +128,7 @@ def _compile(executor: Executor, target: Target) -> dict[str, Any]:
         need, problem = read_out_of_memory(str(e))
         memory = {"peak": need, "memory": int(target.chip.memory_bytes / target.chip.cores)}
         program = _lowered(executor.objective, target)
-        return {"program": program, "fits": False, "memory": memory, "problem": problem}
+        return _Found(program, False, False, memory, problem=problem)
     plan = compiled.memory_analysis()
     memory = {
         "temporary": plan.temp_size_in_bytes,  # activations, gradients, and what the compiler needs besides
@@ -131,7 +136,10 @@ def _compile(executor: Executor, target: Target) -> dict[str, Any]:
         "memory": int(target.chip.memory_bytes / target.chip.cores),
     }
     fits = memory["peak"] <= target.chip.usable_bytes
-    return {"program": CompiledProgram(compiled.as_text()), "fits": fits, "memory": memory, "problem": None}
+    program = CompiledProgram(compiled.as_text())
+    of_xla = (compiled.cost_analysis() or {}).get("bytes accessed")  # libtpu's, with what stays in vector memory
+    bytes_accessed = {"device_memory": program.bytes_accessed, "xla": None if of_xla is None else int(of_xla)}
+    return _Found(program, True, fits, memory, bytes_accessed)
 
 
 def read_out_of_memory(message: str) -> tuple[int, str]:
@@ -145,10 +153,11 @@ def read_out_of_memory(message: str) -> tuple[int, str]:
         need = int(one[1]) if one else 0
     sizes = re.findall(r"Size: ([\d.]+[KMGT]?)\b.*?Shape: (\w+\[[\d,]*\])", message, re.DOTALL)
     shapes = [f"{shape} of {size}iB" for size, shape in sizes] or re.findall(r"\[shape: (\w+\[[\d,]*\])", message)
+    shapes = list(dict.fromkeys(shapes))
     return need, f"largest buffers: {', '.join(shapes[:MAX_SHAPES])}" if shapes else message.splitlines()[0][:200]
 
 
-def _lowered(objective: LanguageModelingObjective, target: Target) -> CompiledProgram:
+def _lowered(objective: Objective, target: Target) -> CompiledProgram:
     """One device's share of the step, lowered for the target's platform, as XLA's compiler would receive it."""
     config = dataclasses.replace(objective.config, batch_size=objective.config.batch_size // target.n_devices)
     objective = dataclasses.replace(objective, config=config)
@@ -156,7 +165,7 @@ def _lowered(objective: LanguageModelingObjective, target: Target) -> CompiledPr
     def program(state: Any, source: Any, n_steps: Any) -> Any:
         return train_steps(objective, state, source, n_steps, SINGLE_DEVICE)
 
-    state = jax.eval_shape(partial(_state, objective))
+    state = jax.eval_shape(partial(init_state, objective))
     n_steps = jax.ShapeDtypeStruct((), jnp.int32)
     traced = jax.jit(program, donate_argnums=0).trace(state, _source(config), n_steps)
     lowered = traced.lower(lowering_platforms=(target.chip.platform,))
@@ -201,7 +210,7 @@ def _to_fit(config: TrainConfig, memory: Mapping[str, int], target: Target) -> l
     return changes or ["a shorter --model.block-size, or a smaller model"]
 
 
-def _flash_attention(objective: LanguageModelingObjective, target: Target, program: CompiledProgram) -> dict[str, Any]:
+def _flash_attention(objective: Objective, target: Target, program: CompiledProgram) -> dict[str, Any]:
     found, config = program.flash_attention, objective.config
     why_not = None
     if not found.forward:
@@ -230,7 +239,7 @@ def _collectives(program: CompiledProgram) -> dict[str, int]:
     return dict(found)
 
 
-def _flop(objective: LanguageModelingObjective, target: Target, program: CompiledProgram) -> dict[str, float]:
+def _flop(objective: Objective, target: Target, program: CompiledProgram) -> dict[str, float]:
     """A step's floating-point operations on a device: of the program's products and attention kernels, and by the
     usual counts (`ModelConfig.flop_per_token`).
 
@@ -316,8 +325,8 @@ def text(plan: Mapping[str, Any], target: Target) -> str:
     lines.append(f"donated: {plan['donated']} of {plan['donatable']} arrays; host callbacks: {plan['host_callbacks']}")
     flop = plan["flop_per_device"]
     line = f"each device, a step: {flop['compiled']:.3g} FLOP (F6 {flop['F6']:.3g}, F12 {flop['F12']:.3g})"
-    if plan["bytes_accessed_per_device"] is not None:
-        line += f", {size_text(plan['bytes_accessed_per_device'])} read and written"
+    if plan["bytes_accessed_per_device"]:
+        line += f", {size_text(plan['bytes_accessed_per_device']['device_memory'])} of memory read and written"
     return "\n".join([*lines, line, *_estimate_lines(plan["estimated"])])
 
 
@@ -346,10 +355,14 @@ def _products_line(plan: Mapping[str, Any]) -> str:
 def _estimate_lines(estimated: Mapping[str, Any] | None) -> list[str]:
     if estimated is None:
         return []
-    parts = ", ".join(f"{name} {1e3 * estimated[f'{key}_s']:.3g} ms" for key, name in BOUNDS.items() if f"{key}_s" in estimated)
-    collectives = f"collectives {1e3 * estimated['collectives_s']:.3g} ms, {1e3 * estimated['collectives_exposed_s']:.3g} ms of them alone"
+    parts = [f"{name} {_ms(estimated[f'{key}_s'])}" for key, name in BOUNDS.items() if f"{key}_s" in estimated]
+    parts += [f"collectives {_ms(estimated['collectives_s'])}, {_ms(estimated['collectives_exposed_s'])} of it alone"]
     return [
-        f"estimated: {1e3 * estimated['step_s']:.3g} ms a step, {estimated['tokens_per_s']:,.0f} tokens/s, "
+        f"estimated: {_ms(estimated['step_s'])} a step, {estimated['tokens_per_s']:,.0f} tokens/s, "
         f"MFU {estimated['mfu']:.0%}, {estimated['hours']:.3g} hours for {estimated['tokens']:.3g} tokens",
-        f"estimated from: {parts}; {collectives}",
+        f"estimated from: {'; '.join(parts)}",
     ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

@@ -156,12 +156,12 @@ def parse_target(text: str) -> Target:
     Raises:
         UserError: an unknown chip, or no such number or topology.
     """
-    name, _, shape = text.partition(":")
+    name, colon, shape = text.partition(":")
     if name not in CHIPS:
         near = difflib.get_close_matches(name, CHIPS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--target {text}: unknown chip; choose of {', '.join(CHIPS)}{hint}")
-    chip, shape = CHIPS[name], shape or "1"
+    chip, shape = CHIPS[name], shape if colon else "1"
     n_axes = 1 if chip.gpu or shape == "1" else chip.n_axes
     if not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * n_axes), shape):
         example = f"{name}:8" if chip.gpu else f"{name}:2x2" + ("x1" if chip.n_axes == 3 else "")

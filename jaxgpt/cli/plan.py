@@ -38,6 +38,8 @@ class PlanFlags(TrainConfig):
         require(0 <= self.vocab_size <= 10**7, "vocab_size", self.vocab_size, "give a number from 0 to 10000000")
         require(0 < self.tokens < math.inf, "tokens", self.tokens, "give a number above 0")
         require(self.parallel == "jit", "parallel", self.parallel, "a plan is of --parallel jit; leave it out")
+        remedy = "accelerators train in bfloat16 or float32; choose one of them"
+        require(self.dtype != "float64", "dtype", self.dtype, remedy)
         if self.json:
             require(self.json.suffix == ".json", "json", self.json, "give the name of a file that ends in .json")
             require_writable("--json", self.json)

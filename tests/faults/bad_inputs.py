@@ -35,6 +35,7 @@ from jaxgpt.cli.finetune import FinetuneFlags
 from jaxgpt.cli.generate import GenerateFlags
 from jaxgpt.cli.inspect import InspectFlags
 from jaxgpt.cli.parity import ParityFlags
+from jaxgpt.cli.plan import PlanFlags
 from jaxgpt.config import FinetuneConfig, ModelConfig, to_json
 from jaxgpt.errors import flag
 
@@ -99,6 +100,7 @@ WORKS: dict[str, list[str]] = {
     "inspect": ["inspect", "run"],
     "parity": ["parity"],
     "bench": ["bench"],
+    "plan": ["plan", "--target=v5e:1", *TINY],
 }
 FLAGS_OF: dict[str, type] = {
     "train": TrainFlags,
@@ -111,13 +113,14 @@ FLAGS_OF: dict[str, type] = {
     "classify": ClassifyFlags,
     "inspect": InspectFlags,
     "parity": ParityFlags,
+    "plan": PlanFlags,
 }
 POSITIONAL = {"run", "texts"}
 DERIVED = {("finetune", "steps"), ("finetune", "model")}  # fields that are no flags
 # The default tests try every so-manieth case of a command: numbers that divide no list of values, so that every kind of
 # value has its turn.
 SHARE = {
-    **{"train": 9, "compare": 23, "convert import": 23, "finetune": 9, "inspect": 4},
+    **{"train": 9, "compare": 23, "convert import": 23, "finetune": 9, "inspect": 4, "plan": 23},
     **{"evaluate": 3, "generate": 3, "bench": 3, "convert export": 3},
 }
 
@@ -134,7 +137,7 @@ SWITCHES = ["maybe", "1"]
 POSITIVE = {  # 0 is refused
     *("batch_size", "checkpoint_every", "keep_checkpoints", "steps", "sample_tokens", "lr", "eps", "eval_every"),
     *("max_new_tokens", "samples", "max_tokens", "stride", "top_p", "model.n_layer", "model.n_head", "model.n_embd"),
-    "model.block_size",
+    *("model.block_size", "tokens"),
 }
 BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout"}  # 1 is refused
 
@@ -181,6 +184,8 @@ NAMES: dict[str, list[str | None]] = {
     "run": INPUT_FILES,
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
     "json": NEW_FILES,
+    "target": [MISSING, "", "v5", "v5e:", "v5e:0x1", "v5e:8", "v5e:2x2x1", "v5p:2x2", "h100", "H100:0", "H100:9", NUL],
+    "mesh": [MISSING, "", "4", "data", "data=0", "data=1,data=1", "data=2", "fsdp=2", "model=1", "data=1,", NUL],
 }
 NAMES_OF_COMMAND: dict[tuple[str, str], list[str | None]] = {
     ("convert export", "out"): [*NEW_FILES, "good.txt", "run/x"],
@@ -198,6 +203,7 @@ NAMES_OF_COMMAND: dict[tuple[str, str], list[str | None]] = {
     ("finetune", "dataset"): [*DATASETS, "file:good.txt", "tinyshakespeare"],
     ("finetune", "text_column"): [MISSING, "texts", "text,texts", ","],
     ("generate", "prompt"): [MISSING, "", SURROGATE],
+    **{("plan", name): [MISSING] for name in ("dataset", "text_column", "prompt")},  # a plan reads no text
 }
 # What a flag needs beside it, so that its value is the reason of the refusal.
 BESIDE: dict[tuple[str, str], list[str]] = {
@@ -207,6 +213,7 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "epochs"): ["--packing=chunks"],
     ("compare", "epochs"): ["--packing=chunks"],
     ("convert import", "epochs"): ["--packing=chunks"],
+    ("plan", "epochs"): ["--packing=chunks"],
     ("inspect", "out"): ["--gradients"],
     ("inspect", "data_dir"): ["--gradients"],
     ("inspect", "checkpoint"): ["--gradients"],
@@ -413,6 +420,7 @@ def unknown() -> Iterator[BadInput]:
         "evaluate",
         "finetune",
         "inspect",
+        "plan",
     ):
         yield _line(command, "superfluous", "superfluous")
     for words in ("--round=3", "--turn=1", "--jsn=x.json"):
