@@ -44,7 +44,7 @@ def make(case: tuple[str, str, int | None]) -> dict[str, Any]:
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "jaxgpt", "plan", *flags], cwd=ROOT, check=True)
         plan = strict_json.loads(path.read_text(encoding="utf-8"))
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return plan | {"seconds": round(time.perf_counter() - begun), "commit": git.stdout.strip()}
 
 

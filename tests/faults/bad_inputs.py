@@ -120,7 +120,7 @@ DERIVED = {("finetune", "steps"), ("finetune", "model")}  # fields that are no f
 # The default tests try every so-manieth case of a command: numbers that divide no list of values, so that every kind of
 # value has its turn.
 SHARE = {
-    **{"train": 9, "compare": 23, "convert import": 23, "finetune": 9, "inspect": 4, "plan": 23},
+    **{"train": 9, "compare": 23, "convert import": 23, "finetune": 9, "inspect": 4, "plan": 37},
     **{"evaluate": 3, "generate": 3, "bench": 3, "convert export": 3},
 }
 
