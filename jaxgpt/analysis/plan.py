@@ -29,6 +29,7 @@ from jaxgpt.parallel import Executor
 from jaxgpt.train_step import SINGLE_DEVICE, init_state, train_steps
 
 MAX_SHAPES = 3  # float32 products, and buffers of a program that does not fit, of which the shapes are told
+MATRIX_UNIT = 128  # columns of a TPU's, where the clock is published
 N_STEPS = 16  # whose windows a dispatch brings to the devices
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -60,7 +61,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
     state = jax.eval_shape(partial(init_state, objective))
     memory = {"weights": _size(state.params), "optimizer_state": _size(state.opt_state), **found.memory}
     flop = _flop(objective, target, program)
-    estimated = _estimate(program, flop, config.tokens_per_step, target, n_tokens) if found.is_compiled else None
+    estimated = _estimate(program, flop, config, target, n_tokens) if found.is_compiled else None
     return {
         "target": target.name,
         "devices": target.n_devices,
@@ -258,12 +259,13 @@ def _flop(objective: Objective, target: Target, program: CompiledProgram) -> dic
 
 
 def _estimate(
-    program: CompiledProgram, flop: Mapping[str, float], tokens_per_step: int, target: Target, n_tokens: float
+    program: CompiledProgram, flop: Mapping[str, float], config: TrainConfig, target: Target, n_tokens: float
 ) -> dict[str, Any]:
     """A step's time by a roofline, in seconds: the longest of arithmetic, memory traffic and, on a TPU whose clock is
     known, libtpu's cycles; then the collectives, as far as nothing is computed beside them.
 
-    An all-reduce sends each byte twice around a ring, the other collectives once.
+    libtpu has no cycles for kernels of Pallas. Those of attention are added at the matrix units' speed, of which heads
+    narrower than a unit use a part. An all-reduce sends each byte twice around a ring, the other collectives once.
     """
     chip = _chip(target.chip)
     n = target.n_devices
@@ -272,7 +274,9 @@ def _estimate(
         "memory_s": program.bytes_accessed / chip["memory_bytes_per_s"],
     }
     if program.estimated_cycles and chip["clock_hz"]:
-        parts["cycles_s"] = program.estimated_cycles / chip["clock_hz"]
+        head_size = config.model.n_embd // config.model.n_head
+        of_kernels = flop["flash_attention"] / (chip["flop_per_s"] * min(1, head_size / MATRIX_UNIT))
+        parts["cycles_s"] = program.estimated_cycles / chip["clock_hz"] + of_kernels
     collectives_s = exposed_s = 0.0
     for collective in program.collectives:
         sent = (2 if collective.kind == "all-reduce" else 1) * collective.n_bytes * (n - 1) / n
@@ -284,7 +288,7 @@ def _estimate(
         exposed_s += collective.times * max(0.0, takes - beside)
     bound = max(parts, key=lambda name: parts[name])
     step_s = parts[bound] + exposed_s
-    tokens_per_s = tokens_per_step / step_s
+    tokens_per_s = config.tokens_per_step / step_s
     return {
         "step_s": step_s,
         "tokens_per_s": tokens_per_s,

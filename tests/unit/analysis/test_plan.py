@@ -130,16 +130,20 @@ def test_the_estimate_is_a_roofline(monkeypatch):
     }
     for name, value in given.items():
         monkeypatch.setattr(CompiledProgram, name, value)
-    flop = {"compiled": 1e-3 * rate, "F12": 1e-3 * rate}
-    found = plan._estimate(EMPTY, flop, 3000, target, 1e9)
+    flop = {"compiled": 1e-3 * rate, "F12": 1e-3 * rate, "flash_attention": 0.0}
+    found = plan._estimate(EMPTY, flop, CONFIG, target, 1e9)
     assert (found["bound"], found["flop_s"], found["memory_s"]) == ("memory", 1e-3, pytest.approx(2e-3))
     assert found["collectives_s"] == pytest.approx(1.5e-3 + 2 * 0.75e-3)
     assert found["collectives_exposed_s"] == pytest.approx(1e-3)
     assert found["step_s"] == pytest.approx(3e-3) and found["mfu"] == pytest.approx(1 / 3)
-    assert found["tokens_per_s"] == pytest.approx(1e6) and found["hours"] == pytest.approx(1e3 / 3600)
+    assert found["tokens_per_s"] == pytest.approx(8 * 128 / 3e-3)
+    assert found["hours"] == pytest.approx(1e9 / found["tokens_per_s"] / 3600)
     monkeypatch.setattr(CompiledProgram, "estimated_cycles", 6_000_000)
-    found = plan._estimate(EMPTY, flop, 3000, target, 1e9)
+    found = plan._estimate(EMPTY, flop, CONFIG, target, 1e9)
     assert (found["bound"], found["cycles_s"], found["step_s"]) == ("cycles", 4e-3, pytest.approx(5e-3))
+    # Kernels of Pallas have no cycles: heads of 64 channels use half of a matrix unit.
+    found = plan._estimate(EMPTY, flop | {"flash_attention": 1e-3 * rate}, CONFIG, target, 1e9)
+    assert found["cycles_s"] == pytest.approx(6e-3)
 
 
 # ------------------------------------------------------------------------------------------------ with the compilers
