@@ -6,6 +6,7 @@ remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` 
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -376,6 +377,34 @@ class DeviceLayout:
     mesh: str = ""
     """The devices as a mesh, data=N,fsdp=M: all divide the batch; along fsdp, parameters, gradients and optimizer state
     are sharded, too. An axis left out takes the rest (default: data alone)."""
+
+
+MESH_AXES = ("data", "fsdp")
+
+
+def mesh_shape(mesh: str, n_devices: int) -> tuple[int, int]:
+    """The sizes of the axes data and fsdp, from the flag --mesh.
+
+    Args:
+        mesh: "data=4,fsdp=2", or one of both, and the other takes the rest; "" is data alone.
+
+    Raises:
+        UserError: it cannot be read, or is not a mesh of `n_devices`.
+    """
+    sizes: dict[str, int] = {}
+    for part in mesh.split(",") if mesh else [f"data={n_devices}"]:
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in sizes or not re.fullmatch("[1-9][0-9]{0,5}", size):
+            raise UserError(f"--mesh {mesh}: {part!r} cannot be read; give it as data=4,fsdp=2")
+        sizes[name] = int(size)
+    rest = n_devices // math.prod(sizes.values())
+    shape = sizes.get("data", rest), sizes.get("fsdp", rest)
+    if math.prod(shape) != n_devices:
+        example = f"data={n_devices // 2},fsdp=2" if n_devices % 2 == 0 else f"data={n_devices}"
+        raise UserError(
+            f"--mesh {mesh}: is not a mesh of the {n_devices} devices that there are; give one of so many, as {example}"
+        )
+    return shape
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import dataclasses
 import math
 import operator
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.compilation_cache import enable_compilation_cache
-from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.config import MESH_AXES, FinetuneConfig, TrainConfig, mesh_shape
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import AttentionImplementation
 from jaxgpt.model.gpt import Numerics
@@ -48,8 +47,8 @@ from jaxgpt.train_step import (
     train_steps,
 )
 
-DATA, FSDP = "data", "fsdp"  # the mesh's axes
-ROWS = (DATA, FSDP)  # those over which a batch's rows are divided
+DATA, FSDP = MESH_AXES
+ROWS = MESH_AXES  # those over which a batch's rows are divided
 Axes = str | tuple[str, ...]
 
 
@@ -178,31 +177,6 @@ def on_one_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.local_devices()[0])
 
 
-def mesh_shape(mesh: str, n_devices: int) -> tuple[int, int]:
-    """The sizes of the axes data and fsdp, from the flag --mesh.
-
-    Args:
-        mesh: "data=4,fsdp=2", or one of both, and the other takes the rest; "" is data alone.
-
-    Raises:
-        UserError: it cannot be read, or is not a mesh of `n_devices`.
-    """
-    sizes: dict[str, int] = {}
-    for part in mesh.split(",") if mesh else [f"{DATA}={n_devices}"]:
-        name, _, size = part.partition("=")
-        if name not in ROWS or name in sizes or not re.fullmatch("[1-9][0-9]{0,5}", size):
-            raise UserError(f"--mesh {mesh}: {part!r} cannot be read; give it as data=4,fsdp=2")
-        sizes[name] = int(size)
-    rest = n_devices // math.prod(sizes.values())
-    shape = sizes.get(DATA, rest), sizes.get(FSDP, rest)
-    if math.prod(shape) != n_devices:
-        example = f"data={n_devices // 2},fsdp=2" if n_devices % 2 == 0 else f"data={n_devices}"
-        raise UserError(
-            f"--mesh {mesh}: is not a mesh of the {n_devices} devices that there are; give one of so many, as {example}"
-        )
-    return shape
-
-
 def shard_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
     """The axis along which a parameter is sharded: the largest that `fsdp` divides, the last of equals.
 
@@ -219,7 +193,7 @@ class Executor:
 
     Args:
         devices: of this machine, or abstract ones of `jax.experimental.topologies`.
-        mesh: how they are arranged, as `mesh_shape` reads it.
+        mesh: how they are arranged, as `config.mesh_shape` reads it.
 
     Raises:
         UserError: the batch does not divide by the devices, or they are no such mesh.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import parallel
-from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.config import FinetuneConfig, TrainConfig, mesh_shape
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import cache_folder
 from jaxgpt.data.labeled import pad_token
@@ -70,13 +70,13 @@ def build_executor(
     Args:
         devices: which ones; by default all that a training would take.
         trains: it is to train; if not, the memory has to hold the state only.
-        mesh: how the devices share a training, as `parallel.mesh_shape` reads it; then it takes all there are.
+        mesh: how the devices share a training, as `config.mesh_shape` reads it; then it takes all there are.
 
     Raises:
         UserError: the batch does not divide by the devices, they are no such mesh, or their memory is too small.
     """
     objective = build_objective(config, tokenizer, labels)
-    n_fsdp = parallel.mesh_shape(mesh, jax.local_device_count())[1] if mesh else 1
+    n_fsdp = mesh_shape(mesh, jax.local_device_count())[1] if mesh else 1
     require_memory(objective, jax.local_devices()[:1], trains=False, n_fsdp=n_fsdp)  # before the first trace
     chosen = jax.local_devices() if mesh else devices(objective)
     require_memory(objective, chosen, trains, n_fsdp)

@@ -168,7 +168,7 @@ class _Trace:
         row_key_B = jax.eval_shape(lambda: objective.dropout_keys(jnp.int32(0)))
         scoped = dataclasses.replace(objective)
         # `model` is a cached property: a value in the instance's dictionary takes its place.
-        scoped.__dict__["model"] = lambda params: self._with_name_scopes(objective.model(params))
+        scoped.__dict__["model"] = lambda *params: self._with_name_scopes(objective.model(*params))
         loss = jax.value_and_grad(scoped.loss_sum, has_aux=True) if gradient else scoped.loss_sum
         jaxpr = jax.make_jaxpr(loss)(self.params, idx_BT, target, row_key_B).jaxpr
         self.inputs = self._new_values(jaxpr.invars)

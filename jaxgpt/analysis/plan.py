@@ -20,7 +20,7 @@ from jaxgpt import parallel
 from jaxgpt.analysis.compiled_program import CompiledProgram
 from jaxgpt.analysis.model_summary import lookup_tables
 from jaxgpt.analysis.targets import Chip, Target, assumed_cudnn
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import TrainConfig, mesh_shape
 from jaxgpt.data.sampler import WindowSource
 from jaxgpt.errors import UserError
 from jaxgpt.memory import size_text
@@ -35,15 +35,17 @@ COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: float) -> dict[str, Any]:
+def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: float, mesh: str = "") -> dict[str, Any]:
     """The plan of a training on a target, as values that JSON can hold.
 
     Args:
         vocab_size: the tokenizer's number of tokens.
         n_tokens: how many tokens the estimate of the hours is for.
+        mesh: how the devices share the step, as `config.mesh_shape` reads it.
 
     Raises:
-        UserError: the batch does not divide by the target's devices, or the compiler refuses the topology.
+        UserError: the batch does not divide by the target's devices, they are no such mesh, or the compiler refuses the
+            topology.
     """
     _require_division(config, target)
     compiled = target.compiler_is_installed
@@ -54,17 +56,20 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
     # The products' operands are bfloat16 where they should be, and those that are not are to be seen as they are.
     with assumed_cudnn(), jax.default_matmul_precision("highest"):
         if compiled:
-            found = _compile(Executor(objective, devices), target)
+            found = _compile(Executor(objective, devices, mesh), target)
         else:
             found = _Found(_lowered(objective, target), is_compiled=False)
     program = found.program
     state = jax.eval_shape(partial(init_state, objective))
-    memory = {"weights": _size(state.params), "optimizer_state": _size(state.opt_state), **found.memory}
+    data, fsdp = mesh_shape(mesh, target.n_devices)
+    of_state = {"weights": _size(state.params, fsdp), "optimizer_state": _size(state.opt_state, fsdp)}
+    memory = {**of_state, **found.memory}
     flop = _flop(objective, target, program)
     estimated = _estimate(program, flop, config, target, n_tokens) if found.is_compiled else None
     return {
         "target": target.name,
         "devices": target.n_devices,
+        "mesh": {"data": data, "fsdp": fsdp},
         "chip": _chip(target.chip),
         "preset": config.preset,
         "batch_size": config.batch_size,
@@ -72,7 +77,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         "read_from": "compiled" if found.is_compiled else "lowered",
         "versions": _versions(),
         "fits": found.fits,
-        "to_fit": _to_fit(config, memory, target) if found.fits is False else [],
+        "to_fit": _to_fit(config, memory, target, fsdp) if found.fits is False else [],
         "problem": found.problem,
         "bytes_per_device": memory,
         "flash_attention": _flash_attention(objective, target, program),
@@ -173,8 +178,14 @@ def _lowered(objective: Objective, target: Target) -> CompiledProgram:
     return CompiledProgram(lowered.compiler_ir("hlo").as_hlo_text())  # pyright: ignore
 
 
-def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _size(tree: Any, fsdp: int) -> int:
+    """The bytes of a device's shards of parameters or moments."""
+
+    def n_bytes(x: Any) -> int:
+        whole = math.prod(x.shape) * x.dtype.itemsize
+        return whole if parallel.shard_axis(x.shape, fsdp) is None else whole // fsdp
+
+    return sum(map(n_bytes, jax.tree.leaves(tree)))
 
 
 def _chip(chip: Chip) -> dict[str, Any]:
@@ -199,13 +210,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _to_fit(config: TrainConfig, memory: Mapping[str, int], target: Target) -> list[str]:
+def _to_fit(config: TrainConfig, memory: Mapping[str, int], target: Target, fsdp: int) -> list[str]:
     """What to change so that the step needs less memory."""
+    more_shards = [f"--mesh fsdp={target.n_devices}"] if fsdp < target.n_devices else []
     if memory["weights"] + memory["optimizer_state"] > target.chip.usable_bytes:
-        return ["a smaller model: the weights and the optimizer state alone exceed a device"]
+        return [*more_shards, "a smaller model: the weights and the optimizer state alone exceed a device"]
     rows = config.batch_size // target.n_devices
     more = [n for n in range(config.grad_accum + 1, rows + 1) if rows % n == 0]
-    changes = [f"--grad-accum {more[0]}"] if more else []
+    changes = [*more_shards, *([f"--grad-accum {more[0]}"] if more else [])]
     changes += ["--remat block"] if config.remat != "block" else []
     changes += [f"--batch-size {target.n_devices * (rows // 2)}", "more devices"] if rows > 1 else []
     return changes or ["a shorter --model.block-size, or a smaller model"]
@@ -219,7 +231,7 @@ def _flash_attention(objective: Objective, target: Target, program: CompiledProg
         if objective.numerics.compute_dtype != jnp.bfloat16:
             why_not = f"it computes in bfloat16, and --dtype is {jnp.dtype(objective.numerics.compute_dtype).name}"
         elif config.within_documents:
-            why_not = "it knows no --packing documents here"
+            why_not = f"none for --packing documents with {config.n_time} tokens on {target.chip.name}"
         else:
             why_not = f"none for heads of {head_size} channels and {config.n_time} tokens on {target.chip.name}"
     return {**found._asdict(), "layers": config.model.n_layer, "why_not": why_not}
@@ -312,6 +324,8 @@ def text(plan: Mapping[str, Any], target: Target) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
     n, size = plan["devices"], size_text(plan["chip"]["memory_bytes"])
     devices = f"{n} devices" if n > 1 else "1 device"
+    if plan["mesh"]["fsdp"] > 1:
+        devices += " (" + ",".join(f"{name}={size}" for name, size in plan["mesh"].items()) + ")"
     lines = [f"{plan['preset']} on {target.name}: {devices} of {size}, batch {plan['batch_size']} ({versions})"]
     if plan["fits"] is None:
         lines.append(

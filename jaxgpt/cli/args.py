@@ -129,18 +129,6 @@ def number(text: str) -> float:
     return float(text)
 
 
-def parse_mesh(text: str) -> tuple[int, int]:
-    """The devices along the axes data and fsdp, of "data=4,fsdp=2"; an axis that is left out has one.
-
-    Raises:
-        UserError: the text is no such list.
-    """
-    axes = dict(re.findall(r"(?:^|,)(data|fsdp)=([1-9][0-9]{0,5})(?=,|$)", text))
-    if not axes or text != ",".join(f"{name}={n}" for name, n in axes.items()):
-        raise UserError(f"--mesh {text}: no mesh; give the devices along its axes, as data=4,fsdp=2")
-    return int(axes.get("data", 1)), int(axes.get("fsdp", 1))
-
-
 def _number_registry() -> Any:
     """tyro's rules with `integer` and `number` in place of Python's `int` and `float`."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo

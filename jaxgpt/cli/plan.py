@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jaxgpt import strict_json
 from jaxgpt.analysis.targets import CHIPS, compile_without_accelerators, parse_target
-from jaxgpt.cli.args import config_of, parse_mesh, parse_train_flags
-from jaxgpt.config import TrainConfig
+from jaxgpt.cli.args import config_of, parse_train_flags
+from jaxgpt.config import DeviceLayout, TrainConfig, mesh_shape
 from jaxgpt.errors import UserError, require, require_writable
 
 SHAKESPEARE_VOCABULARY = 65  # distinct characters of tinyshakespeare
@@ -18,14 +18,12 @@ VOCABULARIES = {"gpt2": 50257, "byte": 256, "char": SHAKESPEARE_VOCABULARY}
 
 
 @dataclass(frozen=True)
-class PlanFlags(TrainConfig):
+class PlanFlags(DeviceLayout, TrainConfig):
     """The flags of `jaxgpt plan`: those of a training, the target, and what is told of it."""
 
     target: str = ""
     """Accelerators: a TPU slice, v4, v5e, v5p, v6e or tpu7x with its topology (v5e:4x4, v5p:2x2x1), or GPUs of one
     host, A100, H100, H200 or B200 with their number (H100:8). v5e:1 and H100 are one chip."""
-    mesh: str | None = None
-    """Devices along each axis, as data=16,fsdp=1 (default: all along data)."""
     vocab_size: int = 0
     """Tokens of the vocabulary (0: of the tokenizer; of --tokenizer char, tinyshakespeare's 65)."""
     tokens: float = 1e9
@@ -51,15 +49,12 @@ def main(args: list[str]) -> None:
     if not flags.target:
         raise UserError(f"--target: missing; give one of {', '.join(CHIPS)}, as v5e:4x4 or H100:8")
     target = parse_target(flags.target)
-    if flags.mesh is not None:
-        data, fsdp = parse_mesh(flags.mesh)
-        n = target.n_devices
-        require(data * fsdp == n, "mesh", flags.mesh, f"not the {n} devices of --target {flags.target}; give data={n}")
-        require(fsdp == 1, "mesh", flags.mesh, f"the state cannot be sharded yet; give data={n}")
+    mesh_shape(flags.mesh, target.n_devices)  # refuses another
     compile_without_accelerators()
     from jaxgpt.analysis import plan  # jax begins here
 
-    found = plan.make_plan(config_of(flags), flags.vocab_size or vocab_size(flags.tokenizer), target, flags.tokens)
+    n_vocab = flags.vocab_size or vocab_size(flags.tokenizer)
+    found = plan.make_plan(config_of(flags), n_vocab, target, flags.tokens, flags.mesh)
     print(plan.text(found, target))
     if flags.json:
         flags.json.write_text(strict_json.dumps(found, indent=1) + "\n", encoding="utf-8")

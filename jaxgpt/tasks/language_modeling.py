@@ -61,7 +61,7 @@ def train(
         loader: where the tokens are kept: auto, device or host.
         summarise: print first the layers, their parameters, and what a step costs.
         policy: what to do about warning signals and failed saves.
-        mesh: how devices share the training, as `parallel.mesh_shape` reads it.
+        mesh: how devices share the training, as `config.mesh_shape` reads it.
 
     Returns:
         The command's exit code, as `run_training` gives it.

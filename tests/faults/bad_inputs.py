@@ -185,7 +185,7 @@ NAMES: dict[str, list[str | None]] = {
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
     "json": NEW_FILES,
     "target": [MISSING, "", "v5", "v5e:", "v5e:0x1", "v5e:8", "v5e:2x2x1", "v5p:2x2", "h100", "H100:0", "H100:9", NUL],
-    "mesh": [MISSING, "", "4", "data", "data=0", "data=1,data=1", "data=2", "fsdp=2", "model=1", "data=1,", NUL],
+    "mesh": [MISSING, "4", "data", "data=0", "data=1,data=1", "data=3", "fsdp=3", "model=1", "data=1,", NUL],
 }
 NAMES_OF_COMMAND: dict[tuple[str, str], list[str | None]] = {
     ("convert export", "out"): [*NEW_FILES, "good.txt", "run/x"],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import parallel
-from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.config import ModelConfig, TrainConfig, mesh_shape
 from jaxgpt.data import sampler
 from jaxgpt.data.loader import make_loader
 from jaxgpt.data.sampler import BatchSampler, whole_split
@@ -287,7 +287,7 @@ def test_what_the_backward_pass_recomputes():
     ],
 )
 def test_a_mesh_takes_all_devices(mesh, n_devices, shape):
-    assert parallel.mesh_shape(mesh, n_devices) == shape
+    assert mesh_shape(mesh, n_devices) == shape
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_mesh_takes_all_devices(mesh, n_devices, shape):
 )
 def test_no_other_mesh_is_taken(mesh, message):
     with pytest.raises(UserError, match=f"^--mesh {mesh}: ") as e:
-        parallel.mesh_shape(mesh, 8)
+        mesh_shape(mesh, 8)
     assert message in str(e.value)
 
 
@@ -398,7 +398,7 @@ def test_in_10000_steps_no_window_is_wrong_missing_or_doubled(packing):
         for epoch in start_KB[: n_steps // 7 * 7].reshape(-1, 7 * batch_size):
             assert len(set(epoch)) == len(epoch) and not (epoch % block_size).any()
     for n_devices, mesh in ((1, ""), (2, ""), (4, "data=2,fsdp=2"), (8, "data=2,fsdp=4"), (8, "fsdp=8")):
-        devices = np.array(jax.devices()[:1] * n_devices).reshape(parallel.mesh_shape(mesh, n_devices))
+        devices = np.array(jax.devices()[:1] * n_devices).reshape(mesh_shape(mesh, n_devices))
         stand_in = types.SimpleNamespace(devices=devices, size=n_devices)
         contexts = [parallel._step_context(stand_in, jnp.int32(i), parallel.ROWS) for i in range(n_devices)]
         rows = [jax.vmap(context.local_rows)(jnp.asarray(start_KB)) for context in contexts]

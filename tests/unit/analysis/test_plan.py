@@ -109,11 +109,14 @@ def test_what_libtpu_says_of_a_program_that_does_not_fit():
 
 def test_what_to_change_where_it_does_not_fit():
     target, memory = parse_target("v5e:2x2"), {"weights": 2**30, "optimizer_state": 2**31}
-    assert plan._to_fit(CONFIG, memory, target) == ["--grad-accum 2", "--remat block", "--batch-size 4", "more devices"]
+    changes = ["--grad-accum 2", "--remat block", "--batch-size 4", "more devices"]
+    assert plan._to_fit(CONFIG, memory, target, fsdp=4) == changes
+    assert plan._to_fit(CONFIG, memory, target, fsdp=1) == ["--mesh fsdp=4", *changes]
     small = dataclasses.replace(CONFIG, batch_size=4, remat="block")
-    assert plan._to_fit(small, memory, target) == ["a shorter --model.block-size, or a smaller model"]
-    (only,) = plan._to_fit(CONFIG, {"weights": 2**33, "optimizer_state": 2**34}, target)
-    assert "a smaller model" in only
+    assert plan._to_fit(small, memory, target, fsdp=4) == ["a shorter --model.block-size, or a smaller model"]
+    too_large = {"weights": 2**33, "optimizer_state": 2**34}
+    first, second = plan._to_fit(CONFIG, too_large, target, fsdp=1)
+    assert first == "--mesh fsdp=4" and "a smaller model" in second
 
 
 def test_the_estimate_is_a_roofline(monkeypatch):
