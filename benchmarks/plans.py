@@ -22,30 +22,40 @@ RECORD, PAGE = ROOT / "docs" / "accelerators.json", ROOT / "docs" / "accelerator
 BEGIN, END = "<!-- plans: written by python -m benchmarks.plans -->", "<!-- end of the plans -->"
 TARGETS = {"v5e:1": 1, "v5e:2x2": 4, "v6e:1": 1, "H100": 1, "H100:8": 8}  # and their devices
 GPT2_ROWS = 8  # of a device
-CASES: list[tuple[str, str, int | None]] = [  # preset, target, batch; None: the preset's
-    *((preset, target, None) for preset in ("minigpt", "nanogpt-char") for target in TARGETS),
-    *(("gpt2", target, GPT2_ROWS * n) for target, n in TARGETS.items()),
-    ("gpt2", "v5e:1", None),  # does not fit
+Case = tuple[str, str, int | None, str]  # preset, target, batch (None: the preset's), other flags
+CASES: list[Case] = [
+    *((preset, target, None, "") for preset in ("minigpt", "nanogpt-char") for target in TARGETS if target != "v6e:1"),
+    *(("gpt2", target, GPT2_ROWS * n, "") for target, n in TARGETS.items()),
+    ("gpt2", "v5e:1", GPT2_ROWS, "--remat dots"),
+    ("gpt2", "v5e:1", GPT2_ROWS, "--remat block"),
+    ("gpt2", "H100", GPT2_ROWS, "--remat dots"),
+    ("gpt2", "H100", GPT2_ROWS, "--remat block"),
+    ("gpt2", "v5e:1", None, "--grad-accum 4"),
+    ("gpt2", "v5e:1", None, ""),  # does not fit
+    ("gpt2", "v5e:2x2", 4 * GPT2_ROWS, "--mesh fsdp=4"),
+    ("gpt2", "H100:8", 8 * GPT2_ROWS, "--mesh fsdp=8"),
 ]
 
 
-def name_of(case: tuple[str, str, int | None]) -> str:
-    preset, target, batch_size = case
-    return f"{preset} {target}" + (f" batch {batch_size}" if batch_size else "")
+def name_of(case: Case) -> str:
+    preset, target, batch_size, flags = case
+    batch = f" batch {batch_size}" if batch_size else ""
+    return f"{preset} {target}{batch} {flags}".strip()
 
 
-def make(case: tuple[str, str, int | None]) -> dict[str, Any]:
-    """A plan, with the commit and the seconds that it took."""
-    preset, target, batch_size = case
+def make(case: Case) -> dict[str, Any]:
+    """A plan, with the commit, the flags, and the seconds that it took."""
+    preset, target, batch_size, more = case
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         flags = ["--preset", preset, "--target", target, "--json", str(path)]
         flags += ["--batch-size", str(batch_size)] if batch_size else []
+        flags += more.split()
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "jaxgpt", "plan", *flags], cwd=ROOT, check=True)
         plan = strict_json.loads(path.read_text(encoding="utf-8"))
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return plan | {"seconds": round(time.perf_counter() - begun), "commit": git.stdout.strip()}
+    return plan | {"flags": more, "seconds": round(time.perf_counter() - begun), "commit": git.stdout.strip()}
 
 
 def record(name: str, plan: dict[str, Any]) -> None:
@@ -69,8 +79,8 @@ def write_page(kept: dict[str, Any]) -> None:
 def table(kept: dict[str, Any]) -> str:
     """The plans as Markdown; what stands right of "estimated step" is estimated, too."""
     heads = [
-        *("preset", "target", "batch", "peak memory", "flash attention", "float32 products", "FLOP of F12"),
-        *("memory traffic", "all-reduce", "estimated step", "bound by", "tokens/s", "MFU", "hours for 1e9 tokens"),
+        *("preset", "target", "batch", "flags", "peak memory", "flash attention", "float32 products", "FLOP of F12"),
+        *("memory traffic", "collectives", "estimated step", "bound by", "tokens/s", "MFU", "hours for 1e9 tokens"),
     ]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(_row(plan) for plan in kept.values())]
     versions = sorted({", ".join(f"{name} {v}" for name, v in plan["versions"].items()) for plan in kept.values()})
@@ -85,6 +95,7 @@ def _row(plan: dict[str, Any]) -> str:
         f"`{plan['preset']}`",
         plan["target"],
         str(plan["batch_size"]),
+        f"`{plan['flags']}`" if plan["flags"] else "",
         fits if plan["fits"] else f"**does not fit**: {fits}",
         f"{flash['forward']} + {flash['backward']} of {flash['layers']} layers" if flash["forward"] else "none",
         f"{plan['float32_products']['count']} of {sum(plan['products'].values())}",
@@ -95,7 +106,7 @@ def _row(plan: dict[str, Any]) -> str:
     cells += [
         f"{flop['compiled'] / flop['F12']:.2f}",
         _size(plan["bytes_accessed_per_device"]["device_memory"]),
-        _size(plan["collectives"].get("all-reduce", 0)),
+        _size(sum(plan["collectives"].values())),
         f"{1e3 * estimated['step_s']:.3g} ms",
         estimated["bound"],
         f"{estimated['tokens_per_s']:,.0f}",

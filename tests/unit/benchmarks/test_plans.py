@@ -8,6 +8,7 @@ def plan(**fields) -> dict:
         "preset": "minigpt",
         "target": "v5e:2x2",
         "batch_size": 32,
+        "flags": "--mesh fsdp=4",
         "fits": True,
         "versions": {"jax": "1", "libtpu": "2"},
         "commit": "abc",
@@ -15,7 +16,7 @@ def plan(**fields) -> dict:
         "flash_attention": {"forward": 4, "backward": 4, "layers": 4, "why_not": None},
         "products": {"bf16 x bf16": 8, "f32 x bf16": 2},
         "float32_products": {"count": 2},
-        "collectives": {"all-reduce": 5e8},
+        "collectives": {"all-reduce": 1e8, "all-gather": 4e8},
         "flop_per_device": {"compiled": 9.0, "F12": 10.0},
         "bytes_accessed_per_device": {"device_memory": 2.5e9, "xla": None},
         "estimated": {"step_s": 0.002, "bound": "memory", "tokens_per_s": 12345.6, "mfu": 0.25, "hours": 22.5},
@@ -31,8 +32,8 @@ def test_the_page_is_what_the_record_gives():
 def test_a_row():
     row = plans.table({"a": plan()}).splitlines()[2]
     assert row == (
-        "| `minigpt` | v5e:2x2 | 32 | 1.00 of 16 GiB | 4 + 4 of 4 layers | 2 of 10 | 0.90 | 2.5 GB | 0.5 GB | 2 ms | "
-        "memory | 12,346 | 25% | 22.5 |"
+        "| `minigpt` | v5e:2x2 | 32 | `--mesh fsdp=4` | 1.00 of 16 GiB | 4 + 4 of 4 layers | 2 of 10 | 0.90 | 2.5 GB | 0.5 GB | "
+        "2 ms | memory | 12,346 | 25% | 22.5 |"
     )
 
 
