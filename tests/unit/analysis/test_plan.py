@@ -214,3 +214,27 @@ def test_accumulation_counts_all_microbatches_of_a_compiled_step(compiled):
     """XLA's own analysis counts a loop's body once."""
     whole, parts = compiled("v5e:2x2"), compiled("v5e:2x2", "--grad-accum=2")
     assert parts["flop_per_device"]["products"] == whole["flop_per_device"]["products"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x2", "H100:2"])
+def test_a_sharded_step_gathers_parameters_and_nothing_else(compiled, name):
+    n = parse_target(name).n_devices
+    whole, sharded = compiled(name), compiled(name, f"--mesh=fsdp={n}")
+    shapes = LanguageModelingObjective(CONFIG, VOCABULARY, parallel.numerics(CONFIG)).param_shapes
+    of_blocks = sum(p.size for key, p in shapes.items() if p.ndim > 1 and key.startswith("blocks."))
+    of_rest = sum(p.size for key, p in shapes.items() if p.ndim > 1 and not key.startswith("blocks."))
+    collectives = sharded["collectives"]
+    # libtpu moves the edges of shards whose size is no multiple of its tiles.
+    moved = collectives.pop("collective-permute", 0)
+    assert set(collectives) <= {"all-gather", "reduce-scatter", "all-reduce"} and moved < 0.1 * sum(
+        collectives.values()
+    )
+    # Blocks in bfloat16, and where the backward pass gathers them again, twice; the others in float32 at the most.
+    assert 2 * (of_blocks + of_rest) <= collectives["all-gather"] <= 4 * (of_blocks + of_rest)
+    # Gradients in float32. TPUs may write a reduce-scatter as an all-reduce of which each device keeps a part.
+    reduced = collectives.get("reduce-scatter", 0) + collectives.get("all-reduce", 0)
+    assert reduced == pytest.approx(4 * (of_blocks + of_rest), rel=0.1)
+    memory, of_whole = sharded["bytes_per_device"], whole["bytes_per_device"]
+    for kind in ("weights", "optimizer_state"):
+        assert memory[kind] == pytest.approx(of_whole[kind] / n, rel=0.1)  # vectors stay whole

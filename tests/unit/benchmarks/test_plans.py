@@ -32,8 +32,8 @@ def test_the_page_is_what_the_record_gives():
 def test_a_row():
     row = plans.table({"a": plan()}).splitlines()[2]
     assert row == (
-        "| `minigpt` | v5e:2x2 | 32 | `--mesh fsdp=4` | 1.00 of 16 GiB | 4 + 4 of 4 layers | 2 of 10 | 0.90 | 2.5 GB | 0.5 GB | "
-        "2 ms | memory | 12,346 | 25% | 22.5 |"
+        "| `minigpt` | v5e:2x2 | 32 | `--mesh fsdp=4` | 1.00 of 16 GiB | 4 + 4 of 4 layers | "
+        "2 of 10 | 0.90 | 2.5 GB | 0.5 GB | 2 ms | memory | 12,346 | 25% | 22.5 |"
     )
 
 
