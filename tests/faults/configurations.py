@@ -40,6 +40,8 @@ VALID: dict[str, list[Any]] = {
     "prompt": ["la", "la ti mo", "\U0001f600"],
     "steps": [1, 2],
     "batch_size": [1, 2, 3, 4, 6],
+    "batch_tokens": [0, 2, 14, 16, 32],
+    "mesh": ["", "data=1", "data=2", "fsdp=1", "fsdp=2"],
     "checkpoint_every": [1, 2, 250],
     "keep_checkpoints": [1, 3, 2**31 - 1],
     "seed": [0, 1, 2**31 - 1],

@@ -48,8 +48,8 @@ def poisoned(poison: Poison) -> Iterator[None]:
 
     zero.defvjp(lambda params, bad: (jnp.zeros(()), (params, bad)), backward)
 
-    def poisoned_loss_sum(objective: Any, params: Any, idx_BT: Any, *rest: Any) -> tuple:
-        loss, count = loss_sum(objective, params, idx_BT, *rest)
+    def poisoned_loss_sum(objective: Any, params: Any, idx_BT: Any, *rest: Any, **more: Any) -> tuple:
+        loss, count = loss_sum(objective, params, idx_BT, *rest, **more)
         bad = jnp.asarray(True) if poison.always else (idx_BT == 1).any()
         if poison.place == "loss":
             return loss * jnp.where(bad, value, 1.0), count

@@ -220,8 +220,8 @@ def poison(monkeypatch):
     loss_sum = LanguageModelingObjective.loss_sum
 
     def plan(every=False):
-        def poisoned(objective, params, idx_BT, *rest):
-            loss, count = loss_sum(objective, params, idx_BT, *rest)
+        def poisoned(objective, params, idx_BT, *rest, **more):
+            loss, count = loss_sum(objective, params, idx_BT, *rest, **more)
             bad = jnp.ones((), bool) if every else (idx_BT == 1).any()  # characters are sorted: "!" follows " "
             return loss * jnp.where(bad, jnp.inf, 1.0), count
 

@@ -48,8 +48,8 @@ def tokens() -> np.ndarray:
 
 
 class Poisoned(LanguageModelingObjective):
-    def loss_sum(self, params, idx_BT, target_BT, row_key_B):
-        loss, count = super().loss_sum(params, idx_BT, target_BT, row_key_B)
+    def loss_sum(self, params, idx_BT, target_BT, row_key_B, gather=None):
+        loss, count = super().loss_sum(params, idx_BT, target_BT, row_key_B, gather)
         factor = jax.numpy.where((idx_BT == INFINITE).any(), math.inf, 1.0)
         return loss * factor * jax.numpy.where((idx_BT == LARGE).any(), 1000.0, 1.0), count
 
