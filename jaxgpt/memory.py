@@ -92,7 +92,7 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
     if trains:
         rows, n_time = -(-config.batch_size // n_devices), config.n_time
         together = _rows_together(config, on_cpu, n_devices)
-        all_at_once = n_devices > 1 or bool(config.clip)
+        all_at_once = n_devices > 1 or config.grad_accum > 1 or bool(config.clip)
         largest = max(model.n_embd * n for n in (4 * model.n_embd, objective.vocab_size, model.block_size))
         of_token = model.n_layer * model.n_embd
         if on_cpu:

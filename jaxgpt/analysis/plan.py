@@ -219,7 +219,8 @@ def _to_fit(config: TrainConfig, memory: Mapping[str, int], target: Target, fsdp
     more = [n for n in range(config.grad_accum + 1, rows + 1) if rows % n == 0]
     changes = [*more_shards, *([f"--grad-accum {more[0]}"] if more else [])]
     changes += ["--remat block"] if config.remat != "block" else []
-    changes += [f"--batch-size {target.n_devices * (rows // 2)}", "more devices"] if rows > 1 else []
+    half = rows // 2 // config.grad_accum * config.grad_accum
+    changes += [f"--batch-size {target.n_devices * half}", "more devices"] if half else []
     return changes or ["a shorter --model.block-size, or a smaller model"]
 
 

@@ -42,13 +42,15 @@ class TrainFlags(FaultPolicy, DeviceLayout, TrainConfig):
     loader: Literal["auto", "device", "host"] = "auto"
     """Where the tokens are kept; the batches are the same. auto: on the device while they are few for its memory."""
 
+    def __post_init__(self):
+        if self.batch_tokens:
+            object.__setattr__(self, "batch_size", _rows_of(self.batch_tokens, self))
+        super().__post_init__()
+
 
 def config_of(flags: TrainConfig) -> TrainConfig:
     """The configuration in flags that extend it: the fields that determine a run's numbers."""
-    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
-    if batch_tokens := getattr(flags, "batch_tokens", 0):
-        values["batch_size"] = _rows_of(batch_tokens, flags)
-    return TrainConfig(**values)
+    return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
 def _rows_of(batch_tokens: int, flags: TrainConfig) -> int:

@@ -32,8 +32,19 @@ Cache = list[tuple[Array, Array]]  # per block: keys and values, [B, S, H, D] ea
 # A parameter's name, this device's shard of it, and a dtype -> the whole parameter in that dtype.
 Gather = Callable[[str, Array, Any], Array]
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint` that saves all but gathered parameters: the backward pass gathers them again.
+
+    A `Gather` is an all-gather, or a custom VJP of one; fused projections concatenate what it gives.
+    """
+    call = params.get("call_jaxpr")
+    calls_gather = call is not None and any(e.primitive is jax.lax.all_gather_p for e in call.jaxpr.eqns)
+    return primitive not in (jax.lax.all_gather_p, jax.lax.concatenate_p) and not calls_gather
+
+
 REMAT_POLICIES = {  # what the backward pass finds saved of a block, beside its input
-    "none": lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p,  # only with `Gather`: gathers again
+    "none": _all_but_gathered,  # only for a sharded state
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

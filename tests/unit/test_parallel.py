@@ -324,10 +324,23 @@ def test_what_is_sharded_and_along_which_axis():
     assert parallel.shard_axis((64, 64), 1) is None
 
 
+@pytest.mark.parametrize("fused_qkv", [False, True])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+def test_the_backward_pass_gathers_a_blocks_parameters_again(fused_qkv, remat):
+    """As lowered: XLA's CPU backend finds that both gathers give the same, and keeps one."""
+    config = dataclasses.replace(SMALL, dtype="bfloat16", remat=remat)
+    numerics = dataclasses.replace(parallel.numerics(config), fused_qkv=fused_qkv)
+    executor = parallel.Executor(LanguageModelingObjective(config, 50, numerics), jax.devices()[:2], "fsdp=2")
+    text = executor.lower_train_steps(loader_of(executor).take(0, 0)).as_text()
+    matrices = [name for name, p in executor.objective.param_shapes.items() if len(p.shape) == 2]
+    of_blocks = sum(name.startswith("blocks.") for name in matrices)
+    assert text.count("stablehlo.all_gather") == len(matrices) + of_blocks
+    assert len(re.findall(r"stablehlo\.all_gather.*xbf16>", text)) == 2 * of_blocks
+
+
 def collectives(executor):
     """The collectives of the compiled training steps: (kind, the shape of its result) of each."""
-    source = loader_of(executor).take(0, 0)
-    compiled = executor._train_steps.lower(executor.abstract_state(), source, jnp.int32(0)).compile()
+    compiled = executor.lower_train_steps(loader_of(executor).take(0, 0)).compile()
     found = re.findall(
         r" = \w+\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(",
         compiled.as_text(),

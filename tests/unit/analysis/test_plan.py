@@ -230,8 +230,8 @@ def test_a_sharded_step_gathers_parameters_and_nothing_else(compiled, name):
     assert set(collectives) <= {"all-gather", "reduce-scatter", "all-reduce"} and moved < 0.1 * sum(
         collectives.values()
     )
-    # Blocks in bfloat16, and where the backward pass gathers them again, twice; the others in float32 at the most.
-    assert 2 * (of_blocks + of_rest) <= collectives["all-gather"] <= 4 * (of_blocks + of_rest)
+    # Blocks in bfloat16, forward and backward; the others in bfloat16 or float32, as the compiler chooses.
+    assert 4 * of_blocks + 2 * of_rest <= collectives["all-gather"] <= 4 * (of_blocks + of_rest)
     # Gradients in float32. TPUs may write a reduce-scatter as an all-reduce of which each device keeps a part.
     reduced = collectives.get("reduce-scatter", 0) + collectives.get("all-reduce", 0)
     assert reduced == pytest.approx(4 * (of_blocks + of_rest), rel=0.1)

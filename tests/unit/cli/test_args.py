@@ -30,6 +30,8 @@ def test_the_configuration_in_the_flags():
 def test_a_batch_in_tokens():
     assert config_of(parse("--batch-tokens", "1024", "--model.block-size", "64")).batch_size == 16
     assert config_of(parse("--model.block-size", "64")).batch_size == TrainConfig().batch_size
+    accumulated = parse("--batch-tokens", "12288", "--grad-accum", "3")  # 96 rows; the preset's 32 have no third
+    assert accumulated.batch_size == config_of(accumulated).batch_size == 96
 
 
 @pytest.mark.parametrize(
