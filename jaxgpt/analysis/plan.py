@@ -130,7 +130,10 @@ def _compile(executor: Executor, target: Target) -> _Found:
         compiled = executor.lower_train_steps(_source(executor.config)).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
+            why = str(e).splitlines()[0][:200]
+            raise UserError(
+                f"--target {target.name}: its compiler fails ({why}); choose another target or shape"
+            ) from e
         need, problem = read_out_of_memory(str(e))
         memory = {"peak": need, "memory": int(target.chip.memory_bytes / target.chip.cores)}
         program = _lowered(executor.objective, target)
@@ -278,7 +281,8 @@ def _estimate(
     known, libtpu's cycles; then the collectives, as far as nothing is computed beside them.
 
     libtpu has no cycles for kernels of Pallas. Those of attention are added at the matrix units' speed, of which heads
-    narrower than a unit use a part. An all-reduce sends each byte twice around a ring, the other collectives once.
+    narrower than a unit use a part. An all-reduce sends each byte twice around a ring, the other collectives once; the
+    ring is that of all devices, also where a collective is of some.
     """
     chip = _chip(target.chip)
     n = target.n_devices

@@ -11,6 +11,7 @@ from jaxgpt import strict_json
 from jaxgpt.analysis.targets import CHIPS, compile_without_accelerators, parse_target
 from jaxgpt.cli.args import config_of, parse_train_flags
 from jaxgpt.config import DeviceLayout, TrainConfig, mesh_shape
+from jaxgpt.data.files import atomic_write
 from jaxgpt.errors import UserError, require, require_writable
 
 SHAKESPEARE_VOCABULARY = 65  # distinct characters of tinyshakespeare
@@ -57,7 +58,7 @@ def main(args: list[str]) -> None:
     found = plan.make_plan(config_of(flags), n_vocab, target, flags.tokens, flags.mesh)
     print(plan.text(found, target))
     if flags.json:
-        flags.json.write_text(strict_json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        atomic_write(flags.json, (strict_json.dumps(found, indent=1) + "\n").encode())
 
 
 def vocab_size(tokenizer: str) -> int:

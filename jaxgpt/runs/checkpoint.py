@@ -367,8 +367,9 @@ def _avoid_leaks_of_tensorstore() -> None:
             def to_json(self) -> dict[str, Any]:
                 return self.spec
 
+        own = {name: getattr(tensorstore.KvStore, name) for name in dir(tensorstore.KvStore) if name[:2] != "__"}
         replaced = {
-            "KvStore": SimpleNamespace(open=tensorstore.KvStore.open, Spec=AbsolutePath),
+            "KvStore": SimpleNamespace(**{**own, "Spec": AbsolutePath}),
             "experimental_collect_matching_metrics": lambda prefix: [],
         }
         names = {name: getattr(tensorstore, name) for name in dir(tensorstore)}

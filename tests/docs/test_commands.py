@@ -19,7 +19,7 @@ from documentation import COMMANDS, PAGES, ROOT, Block, blocks
 # The blocks that are not run: (page, first line).
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
-    ("docs/accelerators.md", 'pip install "jaxgpt[aot-tpu]"'),
+    ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
     ("docs/reliability.md", "python -m tests.faults"),
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
