@@ -166,6 +166,35 @@ def test_what_runs_beside_a_collective():
     ]
 
 
+def test_a_collective_beside_several_fusions_counts_once():
+    """libtpu writes it into each of them, with the same chain, and products of all run meanwhile."""
+    fused = "".join(
+        f"""
+%fused.{number} (x: bf16[8,16], y: bf16[16,8], s: f32[4]) -> (bf16[8,8], f32[16]) {{
+  %x = bf16[8,16]{{1,0}} parameter(0)
+  %y = bf16[16,8]{{1,0}} parameter(1)
+  %s = f32[4]{{0}} parameter(2)
+  %z = bf16[8,8]{{1,0}} dot(%x, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %g = f32[16]{{0}} all-gather(%s), dimensions={{0}}, frontend_attributes={{chain_id="{chain}"}}
+  ROOT %t = (bf16[8,8]{{1,0}}, f32[16]{{0}}) tuple(%z, %g)
+}}
+"""
+        for number, chain in enumerate([0, 0, 1])
+    )
+    module = entry(
+        "%x = bf16[8,16]{1,0} parameter(0)",
+        "%y = bf16[16,8]{1,0} parameter(1)",
+        "%s = f32[4]{0} parameter(2)",
+        *(
+            f"{'ROOT ' * (n == 2)}%f.{n} = (bf16[8,8]{{1,0}}, f32[16]{{0}}) fusion(%x, %y, %s), kind=kOutput, "
+            f"calls=%fused.{n}"
+            for n in range(3)
+        ),
+    )
+    program, flop = CompiledProgram(module.replace("\nENTRY", f"{fused}\nENTRY")), 2 * 8 * 16 * 8
+    assert program.collectives == [Collective("all-gather", 1, 64, n * flop) for n in (2, 1)]
+
+
 @pytest.mark.parametrize("opcode", ["async", "call"])
 def test_a_collective_in_an_asynchronous_call(opcode):
     role = {"async": "calls", "call": "to_apply"}[opcode]
