@@ -43,7 +43,7 @@ from jaxgpt.train_step import (
     TrainState,
     eval_step,
     init_state,
-    state_before_training,
+    state_shapes,
     train_steps,
 )
 
@@ -298,7 +298,7 @@ class Executor:
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and devices, without computing it: what a checkpoint is restored to."""
-        shapes = jax.eval_shape(partial(state_before_training, self.objective), self.objective.param_shapes)
+        shapes = state_shapes(self.objective)
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,

@@ -122,6 +122,11 @@ def init_state(objective: Objective) -> TrainState:
     return state_before_training(objective, objective.init_params())
 
 
+def state_shapes(objective: Objective) -> TrainState:
+    """The state's shapes and dtypes, without computing it."""
+    return jax.eval_shape(partial(state_before_training, objective), objective.param_shapes)
+
+
 def state_before_training(objective: Objective, params: Params) -> TrainState:
     """The state of given parameters before the first update: step 0, and the optimizer's initial state."""
     return TrainState(jnp.zeros((), jnp.int32), params, objective.optimizer.init(params))

@@ -272,8 +272,7 @@ class CompiledProgram:
         """The collectives. One that XLA has split into a start and a done runs beside what the schedule has between
         the two; one inside a fusion, beside the fusion's products. libtpu writes one that runs beside several fusions
         into each of them, with the same chain: it counts once."""
-        found: list[Collective] = []
-        chains: dict[tuple[str, str], int] = {}  # the chain of a collective -> its place in `found`
+        found: dict[tuple[str, str | int], Collective] = {}  # by kind and chain, or number where there is no chain
         for times, computation, instruction in self.executed:
             inside = list(self._inside(instruction))
             for owner, candidate in [(computation, instruction), *inside]:
@@ -283,18 +282,12 @@ class CompiledProgram:
                 beside = [instruction] if instruction.opcode == "fusion" else _until_done(computation, instruction)
                 flop = sum(product.flop for i in beside for product in self._products_of(computation, i))
                 traffic = 0 if instruction.opcode == "fusion" else sum(self._traffic(computation, i) for i in beside)
-                chain = candidate.attribute(r'chain_id="(\w+)"')
-                if chain and (kind, chain) in chains:
-                    place = chains[kind, chain]
-                    first = found[place]
-                    found[place] = first._replace(
-                        flop_meanwhile=first.flop_meanwhile + flop, bytes_meanwhile=first.bytes_meanwhile + traffic
-                    )
-                    continue
-                if chain:
-                    chains[kind, chain] = len(found)
-                found.append(Collective(kind, times, _payload(owner, candidate), flop, traffic))
-        return found
+                key = kind, candidate.attribute(r'chain_id="(\w+)"') or len(found)
+                before = found.get(key, Collective(kind, times, _payload(owner, candidate)))
+                found[key] = before._replace(
+                    flop_meanwhile=before.flop_meanwhile + flop, bytes_meanwhile=before.bytes_meanwhile + traffic
+                )
+        return list(found.values())
 
     @property
     def donated(self) -> int:

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.memory import size_text
 from jaxgpt.objective import LanguageModelingObjective, Objective
 from jaxgpt.parallel import Executor
-from jaxgpt.train_step import SINGLE_DEVICE, init_state, train_steps
+from jaxgpt.train_step import SINGLE_DEVICE, state_shapes, train_steps
 
 MAX_SHAPES = 3  # float32 products, and buffers of a program that does not fit, of which the shapes are told
 MATRIX_UNIT = 128  # columns of a TPU's, where the clock is published
@@ -60,7 +59,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         else:
             found = _Found(_lowered(objective, target), is_compiled=False)
     program = found.program
-    state = jax.eval_shape(partial(init_state, objective))
+    state = state_shapes(objective)
     data, fsdp = mesh_shape(mesh, target.n_devices)
     of_state = {"weights": _size(state.params, fsdp), "optimizer_state": _size(state.opt_state, fsdp)}
     memory = {**of_state, **found.memory}
@@ -135,14 +134,14 @@ def _compile(executor: Executor, target: Target) -> _Found:
                 f"--target {target.name}: its compiler fails ({why}); choose another target or shape"
             ) from e
         need, problem = read_out_of_memory(str(e))
-        memory = {"peak": need, "memory": int(target.chip.memory_bytes / target.chip.cores)}
+        memory = {"peak": need, "memory": int(target.chip.device_bytes)}
         program = _lowered(executor.objective, target)
         return _Found(program, False, False, memory, problem=problem)
     plan = compiled.memory_analysis()
     memory = {
         "temporary": plan.temp_size_in_bytes,  # activations, gradients, and what the compiler needs besides
         "peak": plan.peak_memory_in_bytes,
-        "memory": int(target.chip.memory_bytes / target.chip.cores),
+        "memory": int(target.chip.device_bytes),
     }
     fits = memory["peak"] <= target.chip.usable_bytes
     program = CompiledProgram(compiled.as_text())
@@ -174,7 +173,7 @@ def _lowered(objective: Objective, target: Target) -> CompiledProgram:
     def program(state: Any, source: Any, n_steps: Any) -> Any:
         return train_steps(objective, state, source, n_steps, SINGLE_DEVICE)
 
-    state = jax.eval_shape(partial(init_state, objective))
+    state = state_shapes(objective)
     n_steps = jax.ShapeDtypeStruct((), jnp.int32)
     traced = jax.jit(program, donate_argnums=0).trace(state, _source(config), n_steps)
     lowered = traced.lower(lowering_platforms=(target.chip.platform,))
@@ -195,7 +194,7 @@ def _chip(chip: Chip) -> dict[str, Any]:
     """The figures that the estimate uses, of a device."""
     return {
         "name": chip.name,
-        "memory_bytes": int(chip.memory_bytes / chip.cores),
+        "memory_bytes": int(chip.device_bytes),
         "flop_per_s": chip.flop_per_s / chip.cores,
         "memory_bytes_per_s": chip.memory_bytes_per_s / chip.cores,
         "interconnect_bytes_per_s": chip.interconnect_bytes_per_s / chip.cores,

@@ -51,10 +51,15 @@ class Chip:
     gpu: GpuDescription | None = None
 
     @property
+    def device_bytes(self) -> float:
+        """A device's memory."""
+        return self.memory_bytes / self.cores
+
+    @property
     def usable_bytes(self) -> float:
         """Of a device's memory, what a program may take: JAX reserves three quarters of a GPU's
         (XLA_PYTHON_CLIENT_MEM_FRACTION). A TPU's compiler knows its own limit."""
-        return (0.75 if self.platform == "cuda" else 1) * self.memory_bytes / self.cores
+        return (0.75 if self.platform == "cuda" else 1) * self.device_bytes
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; the interconnect is half of the bidirectional figure.

@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.objective import LanguageModelingObjective
-from jaxgpt.train_step import SINGLE_DEVICE, state_before_training, train_step
+from jaxgpt.train_step import SINGLE_DEVICE, state_shapes, train_step
 
 H100 = types.SimpleNamespace(platform="cuda", compute_capability="9.0")
 TPU = types.SimpleNamespace(platform="tpu")
@@ -30,7 +30,7 @@ def lowered(monkeypatch):
         config = dataclasses.replace(CONFIG, **fields)
         end_of_text = 299 if config.within_documents else None
         objective = LanguageModelingObjective(config, 300, parallel.numerics(config, device), end_of_text)
-        state = jax.eval_shape(lambda params: state_before_training(objective, params), objective.param_shapes)
+        state = state_shapes(objective)
         batch = (jax.ShapeDtypeStruct((2, config.n_time), jnp.int32),) * 2
         step = jax.jit(lambda state, *batch: train_step(objective, state, batch, SINGLE_DEVICE), donate_argnums=0)
         lowering = step.trace(state, *batch).lower(lowering_platforms=(device.platform,))

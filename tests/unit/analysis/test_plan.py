@@ -15,6 +15,7 @@ from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.memory import count_params
 from jaxgpt.objective import LanguageModelingObjective
+from jaxgpt.train_step import state_shapes
 
 CONFIG = TrainConfig(batch_size=8, clip=1.0, model=ModelConfig(n_layer=1, n_head=2, n_embd=128, block_size=128))
 VOCABULARY = 300
@@ -37,7 +38,7 @@ def planned(name: str, **fields) -> dict:
 
 def n_state_arrays() -> int:
     objective = LanguageModelingObjective(CONFIG, VOCABULARY, parallel.numerics(CONFIG))
-    return len(jax.tree.leaves(jax.eval_shape(lambda: plan.init_state(objective))))
+    return len(jax.tree.leaves(state_shapes(objective)))
 
 
 def test_without_its_compiler_a_target_is_lowered(without_compilers):
