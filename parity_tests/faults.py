@@ -86,9 +86,9 @@ def square_transposed(x: Any, kernel: Any, bias: Any) -> Any:
 def block_call(change: Callable[..., Any]) -> Patch:
     """Block with a change: (block, x, its attention, its dropout by site 1 and 2) -> x."""
 
-    def call(self: Block, x: Any, n_rows: int, keys: Any, cache: Any, start: Any, document: Any = None) -> Any:
-        drop = lambda branch, site: gpt.dropout(branch, self.dropout, keys, 2 * self.index + site)  # noqa: E731
-        return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document)[0], drop), cache
+    def call(self: Block, x: Any, n_rows: int, row_key_B: Any, cache: Any, start: Any, document_BT: Any = None) -> Any:
+        drop = lambda branch, site: gpt.dropout(branch, self.dropout, row_key_B, 2 * self.index + site)  # noqa: E731
+        return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document_BT)[0], drop), cache
 
     return put(Block, "__call__", call)
 
@@ -133,8 +133,8 @@ def last_chunk_only(real: Any) -> Any:
 
 
 def sum_for_mean(real: Any) -> Any:
-    def mutated(self: LanguageModelingObjective, *arguments: Any) -> Any:
-        loss_sum, count = real(self, *arguments)
+    def mutated(self: LanguageModelingObjective, *args: Any, **kwargs: Any) -> Any:
+        loss_sum, count = real(self, *args, **kwargs)
         return loss_sum, jnp.ones_like(count)
 
     return mutated
@@ -253,7 +253,7 @@ def heads_interleaved(real: Any) -> Any:
 def float32_params(real: Any) -> Any:
     def mutated(*args: Any) -> Any:
         bound = real(*args)
-        return lambda params: bound({name: p.astype(jnp.float32) for name, p in params.items()})
+        return lambda params, *rest: bound({name: p.astype(jnp.float32) for name, p in params.items()}, *rest)
 
     return mutated
 
