@@ -195,7 +195,7 @@ def _chip(chip: Chip) -> dict[str, Any]:
     return {
         "name": chip.name,
         "memory_bytes": int(chip.device_bytes),
-        "flop_per_s": chip.flop_per_s / chip.cores,
+        "flop_per_s": chip.device_flop_per_s,
         "memory_bytes_per_s": chip.memory_bytes_per_s / chip.cores,
         "interconnect_bytes_per_s": chip.interconnect_bytes_per_s / chip.cores,
         "clock_hz": chip.clock_hz,
