@@ -279,7 +279,7 @@ def read_record() -> dict[str, dict[str, Result]]:
 
 
 def keep(title: str, results: Mapping[str, Result]) -> None:
-    """Keeps a machine's results, and writes the page anew. `NO_ACCELERATOR` stands there as long as nothing else does."""
+    """Keeps a machine's results, those of `NO_ACCELERATOR` as long as there are no others; writes the page anew."""
     kept = read_record() | {title: dict(results)}
     if len(kept) > 1:
         kept.pop(NO_ACCELERATOR, None)
@@ -290,7 +290,7 @@ def keep(title: str, results: Mapping[str, Result]) -> None:
 def write_page(kept: Mapping[str, Mapping[str, Result]]) -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{sections(kept)}{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{sections(kept)}\n{END}{after}", encoding="utf-8")
 
 
 def sections(kept: Mapping[str, Mapping[str, Result]]) -> str:

@@ -116,10 +116,8 @@ TPU_DEVICE_KINDS = {
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a device of this machine, by `jax.Device.device_kind`; None for a form that `CHIPS` does not have."""
-    name = TPU_DEVICE_KINDS.get(device_kind)
-    return next(
-        (chip for chip in CHIPS.values() if chip.name == name or chip.gpu and chip.gpu.name == device_kind), None
-    )
+    names = {chip.gpu.name: chip.name for chip in CHIPS.values() if chip.gpu} | TPU_DEVICE_KINDS
+    return CHIPS[names[device_kind]] if device_kind in names else None
 
 
 @dataclass(frozen=True)
