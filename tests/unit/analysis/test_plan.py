@@ -174,6 +174,7 @@ def compiled(command, tmp_path_factory):
 TPUS, GPUS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"], ["A100:2", "H100:2"]
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*TPUS, *GPUS])
 def test_a_compiled_step(compiled, name):
@@ -193,6 +194,7 @@ def test_a_compiled_step(compiled, name):
     assert estimated["tokens_per_s"] * estimated["step_s"] == pytest.approx(CONFIG.tokens_per_step)
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GPUS)
 def test_a_gpu_computes_all_products_in_bfloat16_and_attention_by_cudnn(compiled, name):
@@ -201,6 +203,7 @@ def test_a_gpu_computes_all_products_in_bfloat16_and_attention_by_cudnn(compiled
     assert (found["flash_attention"]["forward"], found["flash_attention"]["backward"]) == (1, 1)
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TPUS)
 def test_a_tpu_has_no_float32_products_and_attention_by_splash_kernels(compiled, name):
@@ -210,6 +213,7 @@ def test_a_tpu_has_no_float32_products_and_attention_by_splash_kernels(compiled,
     assert found["estimated_cycles"] > 0
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_accumulation_counts_all_microbatches_of_a_compiled_step(compiled):
     """XLA's own analysis counts a loop's body once."""
@@ -217,6 +221,7 @@ def test_accumulation_counts_all_microbatches_of_a_compiled_step(compiled):
     assert parts["flop_per_device"]["products"] == whole["flop_per_device"]["products"]
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5e:2x2", "H100:2"])
 def test_a_sharded_step_gathers_parameters_and_nothing_else(compiled, name):

@@ -120,6 +120,7 @@ def test_what_is_installed_is_found(monkeypatch):
     assert parse_target("v5e").compiler_is_installed and not parse_target("H100").compiler_is_installed
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_a_topology_that_libtpu_refuses_is_told():
     pytest.importorskip("libtpu", reason="the compiler of TPUs is in the extra aot-tpu")

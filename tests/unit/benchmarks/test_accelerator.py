@@ -211,6 +211,7 @@ def test_speed_is_measured_as_the_bench_does():
     assert accelerator.mfu_of(found) is None  # of a CPU the peak is not known
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_a_plan_of_what_is_measured():
     planned = accelerator.run_stage(Stage.named("plan nanogpt-char", 300), GPU)
