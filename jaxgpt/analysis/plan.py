@@ -248,10 +248,11 @@ def _float32_products(program: CompiledProgram) -> dict[str, Any]:
 
 
 def _collectives(program: CompiledProgram) -> dict[str, int]:
-    """The bytes of a step on a device, by kind."""
+    """The bytes of a step on a device, by kind; those of a device alone, on an axis of size 1, move nothing."""
     found: Counter[str] = Counter()
     for collective in program.collectives:
-        found[collective.kind] += collective.times * collective.n_bytes
+        if collective.group_size != 1:
+            found[collective.kind] += collective.times * collective.n_bytes
     return dict(found)
 
 
@@ -280,11 +281,10 @@ def _estimate(
     known, libtpu's cycles; then the collectives, as far as nothing is computed beside them.
 
     libtpu has no cycles for kernels of Pallas. Those of attention are added at the matrix units' speed, of which heads
-    narrower than a unit use a part. An all-reduce sends each byte twice around a ring, the other collectives once; the
-    ring is that of all devices, also where a collective is of some.
+    narrower than a unit use a part. An all-reduce sends each byte twice around the ring of its devices, the other
+    collectives once.
     """
     chip = _chip(target.chip)
-    n = target.n_devices
     parts = {
         "flop_s": flop["compiled"] / chip["flop_per_s"],
         "memory_s": program.bytes_accessed / chip["memory_bytes_per_s"],
@@ -295,6 +295,7 @@ def _estimate(
         parts["cycles_s"] = program.estimated_cycles / chip["clock_hz"] + of_kernels
     collectives_s = exposed_s = 0.0
     for collective in program.collectives:
+        n = collective.group_size or target.n_devices
         sent = (2 if collective.kind == "all-reduce" else 1) * collective.n_bytes * (n - 1) / n
         takes = sent / chip["interconnect_bytes_per_s"]
         beside = max(

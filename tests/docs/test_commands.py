@@ -20,6 +20,7 @@ from documentation import COMMANDS, PAGES, ROOT, Block, blocks
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
+    ("docs/scale.md", "python -m benchmarks.scale"),
     ("docs/reliability.md", "python -m tests.faults"),
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),

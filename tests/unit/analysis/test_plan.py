@@ -130,6 +130,8 @@ def test_the_estimate_is_a_roofline(monkeypatch):
         "collectives": [
             Collective("all-reduce", 1, int(1e-3 * links), flop_meanwhile=int(5e-4 * rate)),  # takes 1.5 ms
             Collective("all-gather", 2, int(1e-3 * links), bytes_meanwhile=int(bandwidth)),  # hidden
+            Collective("all-reduce", 1, int(0.5e-3 * links), bytes_meanwhile=int(bandwidth), group_size=2),  # 0.5 ms
+            Collective("all-reduce", 1, int(1e-3 * links), group_size=1),  # moves nothing
         ],
     }
     for name, value in given.items():
@@ -137,7 +139,7 @@ def test_the_estimate_is_a_roofline(monkeypatch):
     flop = {"compiled": 1e-3 * rate, "F12": 1e-3 * rate, "flash_attention": 0.0}
     found = plan._estimate(EMPTY, flop, CONFIG, target, 1e9)
     assert (found["bound"], found["flop_s"], found["memory_s"]) == ("memory", 1e-3, pytest.approx(2e-3))
-    assert found["collectives_s"] == pytest.approx(1.5e-3 + 2 * 0.75e-3)
+    assert found["collectives_s"] == pytest.approx(1.5e-3 + 2 * 0.75e-3 + 0.5e-3)
     assert found["collectives_exposed_s"] == pytest.approx(1e-3)
     assert found["step_s"] == pytest.approx(3e-3) and found["mfu"] == pytest.approx(1 / 3)
     assert found["tokens_per_s"] == pytest.approx(8 * 128 / 3e-3)
