@@ -15,7 +15,7 @@ from benchmarks.page import table
 from jaxgpt import parallel
 from jaxgpt.analysis.scaling import Footprint, footprint
 from jaxgpt.analysis.targets import parse_target
-from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.config import ModelConfig, TrainConfig, mesh_text
 from jaxgpt.model.gpt import Numerics
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.presets import PRESETS
@@ -85,8 +85,7 @@ def _communication() -> Iterator[list[str]]:
     for name in SHAPES:
         for data, fsdp in MESHES:
             found = footprint_of(name, data, fsdp)
-            axes = {"data": data, "fsdp": fsdp}
-            mesh = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1)
+            mesh = mesh_text({axis: size for axis, size in (("data", data), ("fsdp", fsdp)) if size > 1})
             sizes = (found.all_gather, found.reduce_scatter, found.all_reduce, found.sent)
             yield [name if (data, fsdp) == MESHES[0] else "", f"`{mesh}`", f"{data * fsdp:,}", *map(_size, sizes)]
 

@@ -91,7 +91,8 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
     model: ModelConfig = config.model
     counts = count_params(model, objective.vocab_size, objective.n_classes)
     param_bytes, compute_bytes = np.dtype(numerics.param_dtype).itemsize, np.dtype(numerics.compute_dtype).itemsize
-    state = MemoryNeed(param_bytes * sum(counts), n_moments(config) * param_bytes * sum(counts))
+    moments = n_moments(config)
+    state = MemoryNeed(param_bytes * sum(counts), moments * param_bytes * sum(counts))
     shared = max(n_devices, n_fsdp) if on_cpu else 1  # by how many devices one memory is
     if trains:
         rows, n_time = -(-config.batch_size // n_devices), config.n_time

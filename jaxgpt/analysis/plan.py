@@ -19,7 +19,7 @@ from jaxgpt import parallel
 from jaxgpt.analysis.compiled_program import CompiledProgram
 from jaxgpt.analysis.model_summary import lookup_tables
 from jaxgpt.analysis.targets import Chip, Target, assumed_cudnn
-from jaxgpt.config import TrainConfig, mesh_shape
+from jaxgpt.config import TrainConfig, mesh_shape, mesh_text
 from jaxgpt.data.sampler import WindowSource
 from jaxgpt.errors import UserError
 from jaxgpt.memory import size_text
@@ -46,7 +46,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         UserError: the batch does not divide by the target's devices, they are no such mesh, or the compiler refuses the
             topology.
     """
-    _require_division(config, target)
+    parallel.require_division(config, target.n_devices, target.name)
     compiled = target.compiler_is_installed
     devices = target.devices() if compiled else [target.stand_in]
     numerics = parallel.numerics(config, devices[0])
@@ -91,20 +91,6 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         "estimated_cycles": program.estimated_cycles,
         "estimated": estimated,
     }
-
-
-def _require_division(config: TrainConfig, target: Target) -> None:
-    n = target.n_devices
-    if config.batch_size % n:
-        raise UserError(
-            f"--batch-size {config.batch_size}: not divisible by the {n} devices of {target.name}; choose a multiple "
-            f"of {n}"
-        )
-    if config.batch_size % (n * config.grad_accum):
-        raise UserError(
-            f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // n} rows that each of the "
-            f"{n} devices of {target.name} has; choose a divisor of that"
-        )
 
 
 def _source(config: TrainConfig) -> WindowSource:
@@ -330,12 +316,12 @@ def text(plan: Mapping[str, Any], target: Target) -> str:
     n, size = plan["devices"], size_text(plan["chip"]["memory_bytes"])
     devices = f"{n} devices" if n > 1 else "1 device"
     if plan["mesh"]["fsdp"] > 1:
-        devices += " (" + ",".join(f"{name}={size}" for name, size in plan["mesh"].items()) + ")"
+        devices += f" ({mesh_text(plan['mesh'])})"
     lines = [f"{plan['preset']} on {target.name}: {devices} of {size}, batch {plan['batch_size']} ({versions})"]
     if plan["fits"] is None:
         lines.append(
             f"lowered only: without the compiler nothing is known of memory and time; install it with "
-            f'pip install "jaxgpt[{target.extra}]"'
+            f'pip install -e ".[{target.extra}]" in a checkout'
         )
     else:
         lines.append(_fits_line(plan))

@@ -53,7 +53,7 @@ def test_without_its_compiler_a_target_is_lowered(without_compilers):
     assert weights == 4 * sum(count_params(CONFIG.model, VOCABULARY, None))
     assert found["bytes_per_device"]["optimizer_state"] == pytest.approx(2 * weights, rel=1e-3)
     printed = text(found, parse_target("H100:2"))
-    assert 'pip install "jaxgpt[aot-gpu]"' in printed and "estimated" not in printed
+    assert 'pip install -e ".[aot-gpu]" in a checkout' in printed and "estimated" not in printed
 
 
 def test_accumulation_repeats_the_products_of_a_microbatch(without_compilers):
