@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -100,14 +100,18 @@ def run_parity(machine: Machine) -> dict[str, Any]:
     from parity_tests.suite import SUITE, prepare_process
 
     prepare_process(os.cpu_count() or 1)
-    rows = [row.to_json() for row in run_check("accelerator", SUITE.checks["accelerator"]).rows]
-    if all(row["not_run"] for row in rows):
-        raise NotMeasured(rows[0]["note"])
-    failed = [row for row in rows if row["status"] == "FAILED"]
-    if failed:
-        why = failed[0]["note"] or f"R {failed[0]['ratio']:.2f} of {failed[0]['tolerance']:g}"
-        raise Failed(f"{len(failed)} of {len(rows)}: {failed[0]['check']}, {failed[0]['precision']}: {why}")
-    return {"rows": rows}
+    return read_parity(run_check("accelerator", SUITE.checks["accelerator"]).rows)
+
+
+def read_parity(rows: Sequence[Any]) -> dict[str, Any]:
+    """The rows of the suite as JSON. Raises `Failed` or `NotMeasured` with the first that failed or did not run."""
+    if all(row.not_run for row in rows):
+        raise NotMeasured(rows[0].note)
+    if failed := [row for row in rows if row.status == "FAILED"]:
+        first = failed[0]
+        why = first.note or f"{first.value:.3g}, tolerance {first.tolerance:g}"
+        raise Failed(f"{len(failed)} of {len(rows)}: {first.check}, {first.precision}: {why}")
+    return {"rows": [row.to_json() for row in rows]}
 
 
 def run_speed(machine: Machine, preset: str, rounds: int = ROUNDS, turn_seconds: float = 1.0) -> dict[str, Any]:

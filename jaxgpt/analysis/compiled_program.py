@@ -487,9 +487,15 @@ def _payload(computation: Computation, instruction: Instruction) -> int:
 
 
 def _group_size(instruction: Instruction) -> int | None:
-    """How many devices take part in a collective, by `replica_groups={{0,1},{2,3}}` or `[2,2]<=[4]`: two in both."""
+    """How many devices take part in a collective.
+
+    It is written as `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['data'=2,'fsdp'=2] {'fsdp'}`: two in each.
+    """
     if size := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]"):
         return int(size)
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([\w',]*)\}", instruction.attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes[2]))
     group = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
     return len(group.split(",")) if group else None
 

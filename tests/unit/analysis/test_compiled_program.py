@@ -197,7 +197,15 @@ def test_a_collective_beside_several_fusions_counts_once():
 
 @pytest.mark.parametrize(
     "groups, size",
-    [("{{0,1,2,3},{4,5,6,7}}", 4), ("{{0},{1}}", 1), ("[2,4]<=[8]", 4), ("[4,2]<=[2,4]T(1,0)", 2), ("{}", None)],
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("{{0},{1}}", 1),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+        ("{}", None),
+    ],
 )
 def test_among_how_many_devices_a_collective_runs(groups, size):
     module = entry(

@@ -1,5 +1,6 @@
 """`make accelerator`: its stages in processes, what it keeps, and its part of docs/benchmarks.md."""
 
+import math
 import sys
 import time
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import accelerator
 from benchmarks.accelerator import AIMS, NO_ACCELERATOR, PROBE, STAGES, Failed, NotMeasured, Stage
 from jaxgpt.analysis.targets import Target
+from parity_tests.engine.harness import Row
 
 GPU = {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "count": 1, "versions": {"jax": "1", "torch": "2"}}
 CPU = {"platform": "cpu", "device": "cpu", "count": 1, "versions": {"jax": "1"}}
@@ -182,6 +184,20 @@ def test_what_pytest_reports():
         accelerator.read_tests([])
     with pytest.raises(Failed, match="^1 of 2: t: it differs$"):
         accelerator.read_tests(cases("", '<failure message="it differs&#10;more"/>'))
+
+
+def test_what_the_parity_suite_finds():
+    rows = [
+        Row("GPU logits", "float32, GPU", "", 1.5, ratio=1.2),
+        Row("GPU gradients", "float32, GPU", "", 2.0, ratio=1.9),
+    ]
+    found = accelerator.read_parity(rows)
+    told = accelerator.line("parity", {"parity": measured(found)})
+    assert told == "2 passed; the nearest to its tolerance: GPU gradients, R 1.90 of 2"
+    with pytest.raises(Failed, match="^1 of 3: GPU logits, bfloat16, GPU: inf, tolerance 1.5$"):
+        accelerator.read_parity([*rows, Row("GPU logits", "bfloat16, GPU", "", 1.5, ratio=math.inf)])
+    with pytest.raises(NotMeasured, match="^no GPU$"):
+        accelerator.read_parity([Row("GPU logits", "float32, GPU", "", 1.5, note="no GPU", not_run=True)])
 
 
 def test_a_plan_needs_the_figures_and_the_compiler_of_the_device(monkeypatch):
