@@ -11,6 +11,7 @@ device at the same commit with the same versions is not measured again.
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -62,9 +63,10 @@ def probe(machine: Machine) -> Machine:
     import jax
 
     devices = jax.devices()
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": metadata.version("jaxlib")}
-    torch = torch_version(Path(sys.executable))
-    versions |= {"torch": torch} if torch else {}
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     kind = devices[0].device_kind
     return {"platform": devices[0].platform, "device": kind, "count": len(devices), "versions": versions}
 
@@ -305,7 +307,9 @@ def sections(kept: Mapping[str, Mapping[str, Result]]) -> str:
         commits = sorted({r["commit"] for r in results.values()})
         parts.append(f"### {title[0].upper()}{title[1:]}\n")
         parts.append(f"With {'; '.join(versions)}, at commit {', '.join(commits)}.\n")
-        parts.append(page.table(["stage", "result"], [[f"`{name}`", line(name, results)] for name in results]))
+        parts.append(
+            page.table(["stage", "result"], [[f"`{name}`", line(name, results).replace("|", "/")] for name in results])
+        )
         parts.append(page.table(["aim", "measured"], [[aim.what, aim.verdict(results)] for aim in AIMS]))
         timed = [found for _, found in _found(results, "speed")]
         if timed:
