@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxgpt.config import FinetuneConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -73,7 +74,9 @@ class MemoryNeed(NamedTuple):
         return f"{size_text(self.total)} of memory ({', '.join(f'{kind} {size_text(n)}' for kind, n in kinds)})"
 
 
-def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool, n_fsdp: int = 1) -> MemoryNeed:
+def memory_need(
+    objective: Objective, on_cpu: bool, n_devices: int, trains: bool, n_fsdp: int = 1, n_processes: int = 1
+) -> MemoryNeed:
     """A lower bound of the memory of a training step, or of the restored state alone.
 
     Parameters and optimizer state are exact, but for the optimizer's counters. Gradients: all of them where they must
@@ -86,6 +89,7 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
         on_cpu: the devices are a CPU's cores, which share its memory; each holds the whole state, or its shards of it.
         trains: count gradients and activations too.
         n_fsdp: over how many devices parameters, gradients and optimizer state are sharded.
+        n_processes: over how many processes, each on a machine of its own, the devices are divided.
     """
     config, numerics = objective.config, objective.numerics
     model: ModelConfig = config.model
@@ -93,7 +97,7 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
     param_bytes, compute_bytes = np.dtype(numerics.param_dtype).itemsize, np.dtype(numerics.compute_dtype).itemsize
     moments = n_moments(config)
     state = MemoryNeed(param_bytes * sum(counts), moments * param_bytes * sum(counts))
-    shared = max(n_devices, n_fsdp) if on_cpu else 1  # by how many devices one memory is
+    shared = max(1, max(n_devices, n_fsdp) // n_processes) if on_cpu else 1  # by how many devices one memory is
     if trains:
         rows, n_time = -(-config.batch_size // n_devices), config.n_time
         together = _rows_together(config, on_cpu, n_devices)
@@ -119,8 +123,9 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
 def require_memory(objective: Objective, devices: Sequence[Any], trains: bool, n_fsdp: int = 1) -> None:
     """Raises `UserError` if the state, or with `trains` a training step, cannot fit the devices' memory."""
     on_cpu = devices[0].platform == "cpu"
-    has = host_memory() if on_cpu else (devices[0].memory_stats() or {}).get("bytes_limit")
-    need = memory_need(objective, on_cpu, len(devices), trains, n_fsdp)
+    own = next((d for d in devices if d in jax.local_devices()), devices[0])  # another process's tells nothing
+    has = host_memory() if on_cpu else (own.memory_stats() or {}).get("bytes_limit")
+    need = memory_need(objective, on_cpu, len(devices), trains, n_fsdp, jax.process_count())
     if has is None or need.total <= has:
         return
     names = _causes(objective, need, _rows_together(objective.config, on_cpu, len(devices)))

@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import jaxgpt
-from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, TrainConfig
+from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ProcessLayout, TrainConfig
 from jaxgpt.environment import CheckedOutput, reason, require_device_count
-from jaxgpt.errors import DamagedRun, LossNotFinite, UserError
+from jaxgpt.errors import DamagedRun, LossNotFinite, UserError, require
 from jaxgpt.presets import PRESETS
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -35,7 +35,7 @@ class BatchTokens:
 
 
 @dataclass(frozen=True)
-class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, TrainConfig):
+class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainConfig):
     """The flags of `jaxgpt train`: a run's configuration, devices, where to read and write, what to do about faults."""
 
     out_dir: Path | None = None
@@ -52,6 +52,10 @@ class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, TrainConfig):
     def __post_init__(self):
         if self.batch_tokens:
             object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
+        self.check_processes()
+        if self.distributed:
+            remedy = "a save that fails in one process ends all; leave it out with --distributed"
+            require(self.on_save_error == "stop", "on_save_error", self.on_save_error, remedy)
         super().__post_init__()
 
 

@@ -107,7 +107,7 @@ def test_one_program_serves_every_number_of_steps_bit_for_bit(train, kind, n_dev
 def test_a_cpus_cores_are_devices_where_it_pays(batch_size, n_devices, n_cores, monkeypatch):
     config = dataclasses.replace(SMALL, batch_size=batch_size, model=dataclasses.replace(SMALL.model, block_size=32))
     objective, device = LanguageModelingObjective(config, 50, parallel.numerics(config)), jax.local_devices()[0]
-    monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_cores)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * n_cores)
     assert parallel.devices_for(objective) == [device] * n_devices
     # 6.4 million parameters: each device needs 535 tokens.
     many_words = LanguageModelingObjective(config, 200_000, objective.numerics)
