@@ -7,6 +7,7 @@ remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -444,6 +445,11 @@ def mesh_shape(mesh: str, n_devices: int) -> tuple[int, int]:
             f"--mesh {mesh}: is not a mesh of the {n_devices} devices that there are; give one of so many, as {example}"
         )
     return shape
+
+
+def mesh_text(shape: Mapping[str, int]) -> str:
+    """A mesh by the sizes of its axes, as `mesh_shape` reads it: "data=4,fsdp=2"."""
+    return ",".join(f"{name}={size}" for name, size in shape.items())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt.config import FinetuneConfig, ModelConfig, TrainConfig
+from jaxgpt.config import FinetuneConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.environment import address_space_limit
 from jaxgpt.errors import UserError, flag
 from jaxgpt.objective import Objective
@@ -50,6 +50,11 @@ def count_params(model: ModelConfig, vocab_size: int, n_classes: int | None) -> 
     tables = 1 if model.tied_head or n_classes is not None else 2
     classifier = 0 if n_classes is None else (C + 1) * n_classes
     return ParamCounts(tables * vocab_size * C, model.block_size * C, model.n_layer * block, 2 * C + classifier)
+
+
+def n_moments(config: OptimizerConfig) -> int:
+    """How many arrays of the parameters' shape the optimizer keeps."""
+    return 2 if config.optimizer in ("adam", "adamw") else 1 if config.momentum else 0
 
 
 class MemoryNeed(NamedTuple):
@@ -90,7 +95,7 @@ def memory_need(
     model: ModelConfig = config.model
     counts = count_params(model, objective.vocab_size, objective.n_classes)
     param_bytes, compute_bytes = np.dtype(numerics.param_dtype).itemsize, np.dtype(numerics.compute_dtype).itemsize
-    moments = 2 if config.optimizer in ("adam", "adamw") else 1 if config.momentum else 0
+    moments = n_moments(config)
     state = MemoryNeed(param_bytes * sum(counts), moments * param_bytes * sum(counts))
     shared = max(1, max(n_devices, n_fsdp) // n_processes) if on_cpu else 1  # by how many devices one memory is
     if trains:

@@ -37,7 +37,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import distributed
 from jaxgpt.compilation_cache import enable_compilation_cache
-from jaxgpt.config import MESH_AXES, FinetuneConfig, TrainConfig, mesh_shape
+from jaxgpt.config import MESH_AXES, FinetuneConfig, TrainConfig, mesh_shape, mesh_text
 from jaxgpt.data.loader import ProcessRows
 from jaxgpt.data.sampler import RowSource
 from jaxgpt.errors import UserError
@@ -238,6 +238,24 @@ def shard_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
     return max(divisible, key=lambda axis: (shape[axis], axis))
 
 
+def require_division(config: TrainConfig | FinetuneConfig, n_devices: int, of: str) -> None:
+    """Raises `UserError` if a batch does not divide by the devices, or their rows not into microbatches.
+
+    Args:
+        of: what has the devices, for the message.
+    """
+    if config.batch_size % n_devices:
+        raise UserError(
+            f"--batch-size {config.batch_size}: not divisible by the {n_devices} devices of {of}; choose a multiple "
+            f"of {n_devices}"
+        )
+    if config.batch_size % (n_devices * config.grad_accum):
+        raise UserError(
+            f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // n_devices} rows that each of "
+            f"the {n_devices} devices of {of} has; choose a divisor of that"
+        )
+
+
 class Executor:
     """An objective's steps, compiled for `devices_for` it, or for the devices given.
 
@@ -252,16 +270,8 @@ class Executor:
     def __init__(self, objective: Objective, devices: list[Any] | None = None, mesh: str = ""):
         devices = devices if devices is not None else devices_for(objective)
         config = objective.config
-        if config.batch_size % len(devices):
-            raise UserError(
-                f"--batch-size {config.batch_size}: not divisible by the {len(devices)} devices of this machine; "
-                f"choose a multiple of {len(devices)}"
-            )
-        if config.batch_size % (len(devices) * config.grad_accum):
-            raise UserError(
-                f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // len(devices)} rows that "
-                f"each of {len(devices)} devices has; choose a divisor of that"
-            )
+        of = "all processes" if distributed.is_distributed() else "this machine"
+        require_division(config, len(devices), of)
         shape = mesh_shape(mesh, len(devices))
         if distributed.is_distributed() and config.parallel == "pmap":
             raise UserError("--parallel pmap: takes the devices of one process; leave it out with --distributed")
@@ -319,8 +329,7 @@ class Executor:
         """The devices for a person: "CPU", "2 x CPU", "8 x NVIDIA H100 80GB HBM3 (data=4,fsdp=2)"."""
         devices = list(self.mesh.devices.flat)
         kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
-        sharded = f" ({mesh})" if self.mesh.shape[FSDP] > 1 else ""
+        sharded = f" ({mesh_text(self.mesh.shape)})" if self.mesh.shape[FSDP] > 1 else ""
         return f"{self.mesh.size} x {kind}{sharded}" if self.mesh.size > 1 else kind
 
     @property

@@ -20,10 +20,11 @@ from documentation import COMMANDS, PAGES, ROOT, Block, blocks
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
+    ("docs/scale.md", "python -m benchmarks.scale"),
     ("docs/reliability.md", "python -m tests.faults"),
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
-    ("docs/benchmarks.md", "python scripts/bench.py --preset nanogpt-char,gpt2-124m --docs"),
+    ("docs/benchmarks.md", "make accelerator"),
     ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
     ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),
     ("docs/parity.md", "python scripts/parity.py"),

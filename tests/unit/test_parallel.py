@@ -238,7 +238,9 @@ def test_shards_microbatches_and_recomputed_blocks_train_the_same(whole_batch_lo
 def test_accumulation_that_does_not_divide_a_devices_rows_is_refused():
     config = dataclasses.replace(SMALL, grad_accum=4)
     objective = LanguageModelingObjective(config, 50, parallel.numerics(config))
-    with pytest.raises(UserError, match="--grad-accum 4: does not divide the 2 rows that each of 2 devices has"):
+    with pytest.raises(
+        UserError, match="--grad-accum 4: does not divide the 2 rows that each of the 2 devices of this machine has"
+    ):
         parallel.Executor(objective, jax.devices()[:1] * 2)
 
 
