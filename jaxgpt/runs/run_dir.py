@@ -28,6 +28,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import PARTIAL, atomic_replace
 from jaxgpt.data.labeled import LabeledTexts
+from jaxgpt.data.shards import REVISION
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import DamagedRun, UserError, flag
 from jaxgpt.runs import files, manifest
@@ -393,13 +394,15 @@ def _loadable_tokenizer(path: Path) -> Tokenizer | None:
 def recorded_choice(path: Path | None, spec: str) -> str:
     """The one of the datasets in `spec` ("a,b") that the run in a folder was begun with; else `spec` unchanged.
 
-    `--dataset a,b` so resumes a run that was begun with b because a could not be had.
+    `--dataset a,b` so resumes a run that was begun with b because a could not be had, and `hf:NAME` one that was begun
+    with `hf:NAME@COMMIT`, whatever the hub has by now.
     """
     try:
         recorded = files.read_json(path / "data.json", DataRecord).dataset if path else None
     except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
         return spec
-    return recorded if recorded in [name.strip() for name in spec.split(",")] else spec
+    names = [name.strip() for name in spec.split(",")]
+    return recorded if recorded and not {recorded, REVISION.sub("", recorded)}.isdisjoint(names) else spec
 
 
 def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord, dict[str, str]]:
