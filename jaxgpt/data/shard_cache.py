@@ -215,9 +215,10 @@ class ShardMaker:
     def _download(self, source: SourceFile, where: str) -> None:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils import disable_progress_bars, logging
 
-        huggingface_hub.utils.disable_progress_bars()
-        huggingface_hub.utils.logging.set_verbosity_error()
+        disable_progress_bars()
+        logging.set_verbosity_error()
         for attempt in range(DOWNLOAD_ATTEMPTS):
             try:
                 huggingface_hub.hf_hub_download(
@@ -396,12 +397,9 @@ class ShardCache(TokenShards):
                 raise UserError(
                     f"{self.work.option}: too short to stream: its only shard validates; give --streaming never"
                 )
-            tokens_N = self._open(workers, file, 0)
+            return self._open(workers, file, 0)
         finally:
             workers.close()
-        if file:
-            self._remove_download(file)
-        return tokens_N
 
     def known_counts(self, file: int) -> tuple[list[int], bool]:
         n_shards, counts = self.work.n_shards(file), []
@@ -421,7 +419,7 @@ class ShardCache(TokenShards):
         while True:
             epoch, file, preparation = following
             while ahead and preparation and not preparation.future.done():  # a download
-                yield self._take(workers, ahead)
+                yield self._take(workers, ahead, {file})
             if preparation:
                 workers.wait(preparation)
             no_tokens_N, following = np.zeros(0, self.dtype), None
@@ -429,7 +427,7 @@ class ShardCache(TokenShards):
                 ahead.append((Shard(epoch, file, number, no_tokens_N), workers.submit(_make, file, number)))
                 following = following or next(upcoming)
                 while len(ahead) > 2 * self._n_workers:
-                    yield self._take(workers, ahead)
+                    yield self._take(workers, ahead, {file, following[1]})
             following, first = following or next(upcoming), 0
 
     def close(self) -> None:
@@ -448,14 +446,14 @@ class ShardCache(TokenShards):
             return None
         return workers.submit(_prepare, file)
 
-    def _take(self, workers: _Workers, ahead: "deque[tuple[Shard, _Task]]") -> Shard:
-        """The first of the shards that are being made, and makes room on the disk."""
+    def _take(self, workers: _Workers, ahead: "deque[tuple[Shard, _Task]]", files: set[int]) -> Shard:
+        """The first of the shards that are being made; makes room on the disk, but not of `files`."""
         shard, task = ahead.popleft()
         workers.wait(task)
         tokens_N = self._open(workers, shard.file, shard.number)
-        if shard.number + 1 == self.work.n_shards(shard.file):
-            self._remove_download(shard.file)
-        self._remove_old_tokens([shard, *(other for other, _ in ahead)])
+        following = [other for other, _ in ahead]
+        self._remove_downloads({*files, *(other.file for other in following)})
+        self._remove_old_tokens([shard, *following])
         return shard._replace(tokens_N=tokens_N)
 
     def _open(self, workers: _Workers, file: int, number: int) -> np.ndarray:
@@ -473,9 +471,11 @@ class ShardCache(TokenShards):
             workers.wait(workers.submit(_make, file, number))
         raise UserError(f"{self.work.option}: {path} is damaged again and again; check that disk")
 
-    def _remove_download(self, file: int) -> None:
+    def _remove_downloads(self, needed: set[int]) -> None:
+        """Removes the downloaded files but the ones that are needed, also those that a killed run has left."""
         if self.work.files.repo:
-            self.work.parquet(file).unlink(missing_ok=True)
+            for file in set(range(len(self.work.sources))) - needed:
+                self.work.parquet(file).unlink(missing_ok=True)
 
     def _remove_old_tokens(self, needed: list[Shard]) -> None:
         """Removes the tokens read longest ago, so that those on the disk are `max_bytes` at most."""

@@ -135,7 +135,7 @@ def open_shards(
         dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         shards = ShardCache(corpus.name, corpus.shards, tokenizer, dtype, config.min_chars, say, default_workers())
         say(
-            f"streaming {corpus.name}: {shards.n_files:,} Parquet files of {corpus.shards.n_bytes / 1e9:,.2f} GB, "
+            f"streaming {corpus.name}: {shards.n_files:,} Parquet files of {corpus.shards.n_bytes / 1e9:,.3g} GB, "
             f"tokenized by {default_workers()} processes into {shards.work.folder}"
         )
     val_N = shards.validation()[: config.max_val_tokens or None]
