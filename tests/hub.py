@@ -83,7 +83,7 @@ def serve(folder: Path) -> Iterator[Hub]:
                 return self.missing("EntryNotFound")
             data = path.read_bytes()
             served = self.command == "GET" and name.endswith(".parquet")
-            if served and hub.n_changed:
+            if served and hub.n_changed and not hub.n_cut:
                 hub.n_changed -= 1
                 data = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
             first = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])

@@ -87,10 +87,7 @@ def test_a_run_that_is_killed_anywhere_goes_on_exactly(train, hub, user_env, tmp
         process.wait()
         for path in draw.sample(found := sorted(cache.rglob("*.bin")), len(found) // 3):
             path.unlink()
-        deadline = time.monotonic() + 10
-        while [pid for pid in children if os.path.exists(f"/proc/{pid}")] and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")], "workers outlive the run"
+        assert end_soon(children), "workers outlive the run"
     done = train(tmp_path / "run", XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", tmp_path / "whole", STEPS)
@@ -99,6 +96,16 @@ def test_a_run_that_is_killed_anywhere_goes_on_exactly(train, hub, user_env, tmp
 def children_of(pid: int) -> list[int]:
     path = f"/proc/{pid}/task/{pid}/children"
     return [int(child) for child in open(path).read().split()] if os.path.exists(path) else []
+
+
+def end_soon(pids: list[int]) -> bool:
+    """Whether processes end within ten seconds."""
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return not alive
 
 
 @pytest.mark.slow
@@ -133,4 +140,4 @@ def test_a_stop_signal_ends_the_run_and_its_workers(hub, start, tmp_path, monkey
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait(30) == 130 and "all saved" in rest
-    assert children and not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
+    assert children and end_soon(children)
