@@ -36,7 +36,14 @@ import xxhash
 
 from jaxgpt import strict_json
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.files import PIECE_BYTES, NotAvailable, atomic_replace, cache_folder, drop_mapped_pages
+from jaxgpt.data.files import (
+    ABANDONED_SECONDS,
+    PIECE_BYTES,
+    NotAvailable,
+    atomic_replace,
+    cache_folder,
+    drop_mapped_pages,
+)
 from jaxgpt.data.readers import hub_endpoint, join_columns, read_rows, row_group_bytes
 from jaxgpt.data.shards import ParquetFiles, Shard, SourceFile, TokenShards, digest_of, read_record, write_record
 from jaxgpt.data.tokenizer import Tokenizer
@@ -144,7 +151,11 @@ class ShardMaker:
                 self.prepare(file)
             first, last = (read_record(self.work.record(file)) or {})["row_groups"][number]
             with atomic_replace(path) as partial:
-                record = self._write(partial, file, range(first, last))
+                try:
+                    record = self._write(partial, file, range(first, last))
+                except NotAvailable:  # another training has removed the file
+                    self.prepare(file)
+                    record = self._write(partial, file, range(first, last))
                 if before and record != before:
                     raise UserError(
                         f"{self.work.option}: {path.name} has other tokens than when it was first made, by another "
@@ -377,6 +388,7 @@ class ShardCache(TokenShards):
         self.dtype, self.n_files = dtype, len(files.train)
         self._say, self._n_workers, self._max_bytes = say, n_workers, max_bytes
         self._workers: _Workers | None = None
+        self._downloaded: set[int] = set()  # files that this process has asked for
 
     def validation(self) -> np.ndarray:
         """The tokens [N] that validate: the first shard of the validation split, or else of the first file.
@@ -387,12 +399,13 @@ class ShardCache(TokenShards):
         file = len(self.work.files.train) if self.work.files.validation else 0
         workers = _Workers(self.work, 1)
         try:
+            source = self.work.sources[file]
             if self.work.n_shards(file) is None:
+                self._downloaded.add(file)
+                self._say(f"reading {source.path} ({source.size / 1e9:,.3g} GB), whose first shard validates")
                 workers.wait(workers.submit(_prepare, file))
             if not self.work.n_shards(file):
-                raise UserError(
-                    f"{self.work.option}: {self.work.sources[file].path} has no rows; give a file with texts"
-                )
+                raise UserError(f"{self.work.option}: {source.path} has no rows; give a file with texts")
             if len(self.work.sources) == self.work.n_shards(file) == 1:
                 raise UserError(
                     f"{self.work.option}: too short to stream: its only shard validates; give --streaming never"
@@ -413,6 +426,7 @@ class ShardCache(TokenShards):
     def read(self, passes: Iterable[tuple[int, int]], first: int) -> Iterator[Shard]:
         """As of `TokenShards`. While a shard is read, those after it are made, and the next file is downloaded."""
         workers = self._workers = self._workers or _Workers(self.work, self._n_workers)
+        self._remove_abandoned_downloads()
         ahead: deque[tuple[Shard, _Task]] = deque()  # without their tokens
         upcoming = ((epoch, file, self._preparation(workers, file)) for epoch, file in passes)
         following = next(upcoming)
@@ -444,6 +458,7 @@ class ShardCache(TokenShards):
         numbers = range(self._n_held_out(file), n_shards or 0)
         if n_shards is not None and all(self.work.tokens(file, number).is_file() for number in numbers):
             return None
+        self._downloaded.add(file)
         return workers.submit(_prepare, file)
 
     def _take(self, workers: _Workers, ahead: "deque[tuple[Shard, _Task]]", files: set[int]) -> Shard:
@@ -472,10 +487,18 @@ class ShardCache(TokenShards):
         raise UserError(f"{self.work.option}: {path} is damaged again and again; check that disk")
 
     def _remove_downloads(self, needed: set[int]) -> None:
-        """Removes the downloaded files but the ones that are needed, also those that a killed run has left."""
+        """Removes the files that this process has downloaded, but the ones that are needed."""
         if self.work.files.repo:
-            for file in set(range(len(self.work.sources))) - needed:
+            for file in self._downloaded - needed:
                 self.work.parquet(file).unlink(missing_ok=True)
+            self._downloaded &= needed
+
+    def _remove_abandoned_downloads(self) -> None:
+        """Removes the files that a killed run has left and no other has gone on from."""
+        for file in range(len(self.work.sources) if self.work.files.repo else 0):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - self.work.parquet(file).stat().st_mtime > ABANDONED_SECONDS:
+                    self.work.parquet(file).unlink()
 
     def _remove_old_tokens(self, needed: list[Shard]) -> None:
         """Removes the tokens read longest ago, so that those on the disk are `max_bytes` at most."""

@@ -319,7 +319,7 @@ def _begin_or_resume(
 
 def default_run_dir(dataset: str, kind: str) -> Path:
     """runs/<dataset>-<kind>-<time>: the folder of a new run, one that does not exist yet."""
-    dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).stem if "/" in dataset else dataset)
+    dataset = re.sub(r"[^\w.-]+", "_", Path(REVISION.sub("", dataset)).stem if "/" in dataset else dataset)
     stem = Path("runs") / f"{dataset}-{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in range(1000):
         path = stem if not number else stem.with_name(f"{stem.name}-{number}")

@@ -22,8 +22,10 @@ from jaxgpt.data import sampler
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.loader import ShardLoader, make_loader
 from jaxgpt.data.sampler import BatchSampler, EvalBatch, ShardSampler
+from jaxgpt.data.shards import REVISION
 from jaxgpt.data.token_cache import Data
 from jaxgpt.data.tokenizer import Tokenizer, decode, sample_prompt, visible
+from jaxgpt.errors import UserError
 from jaxgpt.model.loss import mean_of_batches, perplexity
 from jaxgpt.model.sampling import generate
 from jaxgpt.objective import LanguageModelingObjective
@@ -69,6 +71,8 @@ def train(
     Raises:
         UserError: before anything is written; or as `run_training` does, which raises the other errors too.
     """
+    if loader == "device" and corpus.shards:
+        raise UserError(f"--loader device: {corpus.name} comes in shards, which the host reads; leave it out")
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer
@@ -107,7 +111,7 @@ class LanguageModelingTask(Task):
     ):
         config, self.say = run.config, say
         self.run, self.executor, self.prompt, self.val_N = run, executor, prompt, data.val_N
-        self.title = f"{config.preset} on {config.dataset.rsplit('/')[-1]}"
+        self.title = f"{config.preset} on {REVISION.sub('', config.dataset).rsplit('/')[-1]}"
         if isinstance(data.train_N, np.ndarray):
             batch_sampler = BatchSampler(config, len(data.train_N))
             self.steps_per_epoch = batch_sampler.steps_per_epoch

@@ -47,13 +47,13 @@ def train(command, hub, tmp_path):
     return run
 
 
-def assert_refused(done, *parts):
+def assert_refused(done, *parts, prefix="error: --dataset hf:"):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: --dataset hf:") and all(part in done.stderr for part in parts), done.stderr
+    assert done.stderr.startswith(prefix) and all(part in done.stderr for part in parts), done.stderr
 
 
 @pytest.mark.slow
-def test_a_hub_dataset_trains_while_it_is_downloaded(train, hub, tmp_path):
+def test_a_hub_dataset_trains_while_it_is_downloaded(train, command, hub, tmp_path):
     """Through cut and changed downloads; and the finished run's data is found again without a network."""
     hub.n_cut, hub.n_changed = 1, 1
     done = train(tmp_path / "run")
@@ -67,6 +67,10 @@ def test_a_hub_dataset_trains_while_it_is_downloaded(train, hub, tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     done = train(tmp_path / "run", **env)
     assert done.returncode == 0 and "finished already" in done.stdout, done.stderr
+    done = command("evaluate.py", tmp_path / "run", "--json", XDG_CACHE_HOME=str(tmp_path / "cache"), **env)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert done.returncode == 0 and json.loads(done.stdout)["loss"] == summary["val_loss"], done.stderr
+    assert_refused(train(tmp_path / "other", "--loader=device"), prefix="error: --loader device: hf:")
 
 
 @pytest.mark.slow
