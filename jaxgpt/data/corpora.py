@@ -285,6 +285,8 @@ def _streamed_dataset(name: str, option: str, column: str, streaming: Streaming)
             data_files = builder.config.data_files
             if not data_files or "train" not in data_files:
                 return None
+            if is_folder and streaming == "auto" and sum(map(os.path.getsize, data_files["train"])) <= STREAMED_BYTES:
+                return None  # before all files are read for their digests
             files = parquet_files(data_files, folder if is_folder else "", column, hub_endpoint())
         name = absolute_name(name) if is_folder else f"{REVISION.sub('', name)}@{files.revision}"
         if not is_folder:

@@ -50,7 +50,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 
 FORMAT = 1  # of a folder; part of its name
-SHARD_BYTES = 2**26  # a shard is made of row groups with this much data or more: 14 million tokens of English web text
+SHARD_BYTES = 2**26  # a shard is made of row groups with this much data or more: some 15 million tokens of English
 MAX_CACHE_BYTES = 2**35  # of tokens; those read longest ago are removed beyond it
 MAX_WORKERS = 16
 ROWS_A_WRITE = 256  # texts whose tokens are written at a time
