@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ class Hub:
         folder: of the dataset's files. All but README.md are in large file storage, which has SHA-256 digests.
         gone: paths that are listed, and no longer there.
         n_cut: so many downloads of Parquet files from now on end halfway.
+        delay: seconds that each of these downloads stops for, halfway.
         n_changed: so many downloads of Parquet files from now on have another content.
         requests: methods and paths, as they came.
     """
@@ -30,6 +32,7 @@ class Hub:
     gone: set[str] = field(default_factory=set)
     n_cut: int = 0
     n_changed: int = 0
+    delay: float = 0.0
     requests: list[str] = field(default_factory=list)
 
     def downloads(self) -> list[str]:
@@ -95,10 +98,13 @@ def serve(folder: Path) -> Iterator[Hub]:
             if self.command == "GET":
                 if served and hub.n_cut:
                     hub.n_cut -= 1
-                    self.wfile.write(data[first : len(data) // 2])
+                    self.wfile.write(data[first : max(first, len(data) // 2)])
                     self.close_connection = True
                 else:
-                    self.wfile.write(data[first:])
+                    half = max(first, len(data) // 2)
+                    self.wfile.write(data[first:half])
+                    time.sleep(hub.delay if served else 0)
+                    self.wfile.write(data[half:])
 
         def missing(self, code: str):
             self.answer({"error": code}, 404, code)

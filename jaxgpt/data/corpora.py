@@ -142,6 +142,10 @@ def load_corpus(
             raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
         if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLE_SUFFIXES):
             raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
+        if streaming == "always" and not name.startswith("hf:"):
+            raise UserError(
+                f"--streaming always: {name} is no dataset hf:NAME, and only those are streamed; leave it out"
+            )
     reasons = []
     for name in names:
         try:

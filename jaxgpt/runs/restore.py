@@ -106,7 +106,10 @@ def split_of(run: RunDir, split: str, data_dir: Path | None) -> np.ndarray:
         )
     if corpus.shards:
         if split == "train":
-            raise UserError(f"RUN {run.path}: {config.dataset} comes in shards, not as a whole; take the val split")
+            raise UserError(
+                f"RUN {run.path}: {config.dataset} comes in shards, of which only a training reads those to train on; "
+                "evaluate the val split"
+            )
         return open_shards(corpus, run.tokenizer, config, print_progress)[1]
     train_N, val_N = split_tokens(corpus, run.tokenizer, config, print_progress)
     return train_N if split == "train" else val_N

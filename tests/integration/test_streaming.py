@@ -75,9 +75,10 @@ def test_a_hub_dataset_trains_while_it_is_downloaded(train, command, hub, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_goes_on_exactly(train, hub, user_env, tmp_path):
-    """Kills at random moments, of the run and of single workers, and a folder of which shards are missing."""
+    """Kills at random moments, downloads among them, of the run and of workers, and shards that are gone."""
     assert train(tmp_path / "whole").returncode == 0
     draw, cache = random.Random(0), tmp_path / "other cache"
+    hub.delay = 0.7
     env = {**user_env, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(cache)}
     line = [sys.executable, str(ROOT / "scripts/train.py"), "--dataset", f"hf:{NAME}:sample", *FLAGS]
     for number in range(8):

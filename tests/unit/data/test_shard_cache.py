@@ -254,6 +254,12 @@ def test_tokenizers_that_need_all_texts_are_refused(folder):
             make_tokenizer(kind, corpus)
 
 
+def test_other_datasets_are_not_streamed():
+    with pytest.raises(UserError, match="--streaming always: pydoc is no dataset hf:NAME"):
+        load_corpus("pydoc", None, print, streaming="always")
+    assert load_corpus("pydoc", None, print, streaming="auto").shards is None
+
+
 def test_only_large_datasets_are_streamed_unasked(folder, monkeypatch):
     assert load_corpus(f"hf:{folder}", None, print, streaming="auto").shards is None
     monkeypatch.setattr("jaxgpt.data.corpora.STREAMED_BYTES", 1000)
