@@ -388,7 +388,7 @@ class ProcessLayout:
 
     distributed: bool = False
     """Train together with other processes: one on each host of a TPU pod or GPU cluster. JAX finds them on SLURM,
-    Kubernetes, MPI and TPU pods; elsewhere the next three flags name them. All need the same folders."""
+    Kubernetes, MPI and TPU pods; elsewhere the next three flags name them. All need the same --out-dir."""
     coordinator: str = ""
     """Where process 0 listens, HOST:PORT."""
     num_processes: int = 0

@@ -22,6 +22,8 @@ from pyarrow import parquet
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
+    ("docs/scale.md", "export JAX_NUM_CPU_DEVICES=1   # on a CPU; each process has as many devices"),
+    ("docs/scale.md", "python scripts/plan.py --preset gpt2 --batch-size 256 --target H100:32 --mesh data=4,fsdp=8"),
     ("docs/scale.md", "python -m benchmarks.scale"),
     ("docs/gpt2-billion-tokens.md", "# one H100"),
     (
