@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, SMALL, read_state, recorded
 
 HEARTBEAT_SECONDS = 10
-FLAGS = [*SMALL, "--dtype=float64", "--model.dropout=0.1", "--sample-every=20", "--attention-every=20"]
+FLAGS = [*SMALL, "--dtype=float64", "--model.dropout=0.1"]
 
 
 @pytest.fixture
@@ -77,13 +77,15 @@ def same_to_the_last_bit(a: Path, b: Path, step: int) -> None:
         np.testing.assert_array_equal(values, read_state(b, step)["params"][name])
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(processes, command, text_file, tmp_path):
     """A sum of two is the same in both orders, so all is equal to the last bit; one process speaks and writes."""
-    flags = [*FLAGS, "--steps=21", "--out-dir", tmp_path / "two"]
+    more = ["--steps=21", "--sample-every=20"]
+    flags = [*FLAGS, *more, "--out-dir", tmp_path / "two"]
     (code, out, err), (other_code, other_out, other_err) = ended(processes([flags, flags]))
     assert (code, other_code) == (0, 0), err + other_err
     assert "on 2 x CPU" in out and "whole validation split" in out and other_out == other_err == ""
-    one = by_one_process(command, text_file, tmp_path / "one", "--steps=21", n_devices=2)
+    one = by_one_process(command, text_file, tmp_path / "one", *more, n_devices=2)
     same_to_the_last_bit(tmp_path / "two", one, 21)
     written = {path.name for path in (tmp_path / "two").iterdir()}
     assert written == {path.name for path in one.iterdir()}
@@ -109,7 +111,7 @@ def test_any_layout_gives_the_losses_of_one_process(
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(processes, command, text_file, tmp_path):
     """Stopped by a signal to the second of two, gone on with by four sharded ones until a SIGINT, ended by one."""
-    run, rest = tmp_path / "run", ["--steps=600", "--eval-every=200", "--sample-every=0", "--attention-every=0"]
+    run, rest = tmp_path / "run", ["--steps=600", "--eval-every=200"]
     done = 0
     for number, to, n_processes, mesh in ((signal.SIGTERM, 1, 2, []), (signal.SIGINT, 0, 4, ["--mesh=fsdp=4"])):
         running = processes([[*FLAGS, *rest, *mesh, "--out-dir", run]] * n_processes)
@@ -129,7 +131,7 @@ def test_a_signal_to_one_stops_all_and_other_numbers_of_processes_go_on(processe
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_exactly(killed, processes, command, text_file, tmp_path):
-    flags = [*FLAGS, "--steps=600", "--eval-every=200", "--sample-every=0", "--attention-every=0"]
+    flags = [*FLAGS, "--steps=600", "--eval-every=200"]
     given = [*flags, "--out-dir", tmp_path / "run"]
     running = processes([given, given])
     wait_for(tmp_path / "run" / "checkpoints" / "21", running[0])

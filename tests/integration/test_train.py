@@ -170,6 +170,7 @@ def test_other_dtypes(cli, text_file, tmp_path, dtype, stored):
     assert {str(p.dtype) for p in read_state(out, 3)["params"].values()} == {stored}
 
 
+@pytest.mark.slow
 def test_a_sharded_state_trains_the_same(cli, text_file, trained, tmp_path):
     done = train(cli, text_file, tmp_path / "run", "--steps", "60", "--mesh", "fsdp=2", "--grad-accum", "2")
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def train():
     [
         ("jit", 2, "device"),
         ("pmap", 2, "device"),
-        ("jit", 2, "host"),
+        pytest.param("jit", 2, "host", marks=pytest.mark.slow),
         pytest.param("jit", 1, "device", marks=pytest.mark.slow),
         pytest.param("jit", 1, "host", marks=pytest.mark.slow),
         pytest.param("pmap", 1, "device", marks=pytest.mark.slow),
