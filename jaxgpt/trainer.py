@@ -170,7 +170,7 @@ class Trainer:
         self._learning_rate = math.nan  # of the last step
         self._save_failed = False  # the last one that was tried
         self._measured: float | None = None  # its validation loss
-        reports = run.read_metrics()
+        reports = distributed.broadcast(distributed.on_first(run.read_metrics)) or []
         self.val_losses = [report["val_loss"] for report in reports]
         self.tokens_per_s = reports[-1]["tokens_per_s"] if reports else 0.0
         self.started = started - (reports[-1]["elapsed_s"] if reports else 0.0)
@@ -202,10 +202,11 @@ class Trainer:
         seconds_all = seconds = 0.0  # of dispatches: in this process, and since the last report
         done_first = done_reported = self.done
         while not self.complete:
-            is_to_stop, warned = self._agree(stop, warnings)
+            n_warnings = len(warnings)  # one that arrives after this is for the next round
+            is_to_stop, warned = self._agree(stop, warnings[:n_warnings])
             if warned and not is_to_stop and self.done > done_first:
                 self._save_and_go_on(warned)
-                del warnings[: len(warned)]
+                del warnings[:n_warnings]
             if is_to_stop:
                 break
             self._call_periodic()
@@ -289,7 +290,7 @@ class Trainer:
         return bool(stopped or rows[:, 2].any()), warned
 
     def _save_and_go_on(self, warnings: Sequence[int]) -> None:
-        """Saves for warning signals; one that arrives meanwhile is for the next call."""
+        """Saves for warning signals."""
         names = " and ".join(signal.Signals(number).name for number in warnings)
         self._save()
         if not self._save_failed and self._tried(self.checkpoints.wait):

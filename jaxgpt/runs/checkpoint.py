@@ -447,7 +447,9 @@ def _reported_as_damage(path: Path) -> Iterator[None]:
     except Exception as e:
         if distributed.is_lost_process(e):
             raise
-        raise DamagedRun(f"{path} is damaged ({type(e).__name__}: {_first_line(e)})") from e
+        # Of several processes, one that cannot read its part must not try another checkpoint than the others.
+        kind = UserError if distributed.is_distributed() else DamagedRun
+        raise kind(f"{path} is damaged ({type(e).__name__}: {_first_line(e)})") from e
 
 
 def _first_line(e: Exception) -> str:

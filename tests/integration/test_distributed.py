@@ -100,6 +100,7 @@ def test_two_processes_train_what_one_does(processes, command, text_file, tmp_pa
 def test_any_layout_gives_the_losses_of_one_process(
     n_processes, n_devices, flags, processes, command, text_file, tmp_path
 ):
+    flags = [*flags, "--diagnose-every=20", "--attention-every=20", "--sample-every=20"]
     given = [*FLAGS, *flags, "--steps=40", "--out-dir", tmp_path / "many"]
     results = ended(processes([given] * n_processes, n_devices))
     assert [code for code, _, _ in results] == [0] * n_processes, results
