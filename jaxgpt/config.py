@@ -217,8 +217,10 @@ class DataConfig:
     """What text is trained on, and in what pieces."""
 
     dataset: str = "tinyshakespeare"
-    """tinyshakespeare, pydoc, wikitext-2, wikitext-103, hf:NAME[:CONFIG], bin:DIR (nanoGPT's train.bin and val.bin), or
-    file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows); of a list a,b the first that can be had."""
+    """tinyshakespeare, pydoc, wikitext-2, wikitext-103, hf:NAME[:CONFIG], bin:DIR (tokens of nanoGPT, llm.c or
+    modded-nanogpt), or file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows); of a list a,b the first that is there."""
+    streaming: Literal["auto", "always", "never"] = "auto"
+    """Of hf:NAME, whether training begins while files are downloaded and tokenized. auto: above 1 GiB of files."""
     text_column: str | None = None
     """Of rows, the column that holds the texts (default: text)."""
     tokenizer: str = "char"
@@ -386,7 +388,7 @@ class ProcessLayout:
 
     distributed: bool = False
     """Train together with other processes: one on each host of a TPU pod or GPU cluster. JAX finds them on SLURM,
-    Kubernetes, MPI and TPU pods; elsewhere the next three flags name them. All need the same folders."""
+    Kubernetes, MPI and TPU pods; elsewhere the next three flags name them. All need the same --out-dir."""
     coordinator: str = ""
     """Where process 0 listens, HOST:PORT."""
     num_processes: int = 0

@@ -90,6 +90,7 @@ PRESETS = {
         eval_every=1000,
         eval_batches=200,
         checkpoint_every=1000,
+        packing="chunks",
         prompt="The history of",
         model=_GPT2,
         schedule="warmup-cosine",

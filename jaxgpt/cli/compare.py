@@ -235,7 +235,7 @@ def _resolve_dataset(flags: CompareFlags, variants: list[Variant]) -> str:
     if flags.out_dir:
         for variant in variants:
             spec = recorded_choice(flags.out_dir / variant.label, spec)
-    return load_corpus(spec, flags.data_dir, print, flags.text_column).name
+    return load_corpus(spec, flags.data_dir, print, flags.text_column, flags.streaming).name
 
 
 def step_and_cause(message: str) -> tuple[int, str]:

@@ -64,7 +64,7 @@ def main(args: list[str]) -> None:
 def import_run(flags: ImportFlags) -> None:
     from jaxgpt.data.corpora import load_corpus
 
-    corpus = load_corpus(flags.dataset, flags.data_dir, print, flags.text_column)
+    corpus = load_corpus(flags.dataset, flags.data_dir, print, flags.text_column, flags.streaming)
     from jaxgpt.interop import import_export
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)

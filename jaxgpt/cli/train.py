@@ -29,7 +29,7 @@ def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
 
     display = ProgressDisplay(prints)
     spec = recorded_choice(flags.out_dir, flags.dataset)
-    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column)
+    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column, flags.streaming)
     from jaxgpt.tasks.language_modeling import train
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)

@@ -1,9 +1,9 @@
 """Corpora: finds, downloads and verifies the texts of a named dataset.
 
 Names: `tinyshakespeare`; `pydoc`, the language reference that ships with Python; `wikitext-2` and `wikitext-103`;
-`hf:NAME[:CONFIG]`, a Parquet dataset of the Hugging Face hub; `bin:DIR`, nanoGPT's train.bin and val.bin; `file:PATH`,
-a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts. Of several names separated by commas, the
-first that is available is taken.
+`hf:NAME[:CONFIG]`, a Parquet dataset of the Hugging Face hub; `bin:DIR`, tokens as nanoGPT, llm.c or modded-nanogpt
+write them; `file:PATH`, a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts. Of several names
+separated by commas, the first that is available is taken.
 """
 
 import hashlib
@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from jaxgpt.data.files import (
     NotAvailable,
     RemoteFile,
     data_folders,
     find_or_download,
+    open_regular,
     require_folder,
     sha256_of,
 )
@@ -24,12 +28,25 @@ from jaxgpt.data.readers import (
     TABLE_ROWS,
     TABLE_SUFFIXES,
     Texts,
+    hub_builder,
+    hub_endpoint,
     hub_splits,
     join_columns,
     read_lines,
     read_rows,
     require_columns,
+    split_spec,
     text_pieces,
+)
+from jaxgpt.data.shards import (
+    REVISION,
+    ParquetFiles,
+    TokenFiles,
+    has_header,
+    keep_list,
+    kept_list,
+    parquet_files,
+    token_files,
 )
 from jaxgpt.errors import UserError
 
@@ -52,6 +69,10 @@ LINE_FILES = {  # the accepted names of each split's file: a plain one, and thos
 }
 NAMES = (*REMOTE_TEXTS, "pydoc", *LINE_DATASETS, "hf:NAME[:CONFIG]", "bin:DIR", "file:PATH")
 DEFAULT_COLUMN = "text"
+# Hub datasets of more bytes are streamed: to tokenize the 3 GB of text in them takes a core ten minutes.
+STREAMED_BYTES = 2**30
+Streaming = Literal["auto", "always", "never"]
+PROBED_TOKENS = 2**16  # of nanoGPT's files, to find that they are none of uint16
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,8 @@ class Corpus:
         source: the file or the hub dataset that was read.
         splits: the texts of "train" and "validation", or of "all" where the dataset has no splits.
         documents: each text is a document, which ends with the end-of-text token if the tokenizer has one.
-        token_files: for `bin:DIR`, the file of each split's uint16 tokens, instead of `splits`.
+        token_files: for nanoGPT's `bin:DIR`, the file of each split's uint16 tokens, instead of `splits`.
+        shards: for a corpus that is read a shard at a time, its files, instead of `splits`.
     """
 
     name: str
@@ -73,6 +95,12 @@ class Corpus:
     splits: Mapping[str, Texts] = field(compare=False, repr=False)
     documents: bool = False
     token_files: Mapping[str, Path] = field(default_factory=dict)
+    shards: ParquetFiles | TokenFiles | None = None
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether it consists of tokens, not of texts."""
+        return bool(self.token_files) or isinstance(self.shards, TokenFiles)
 
     @property
     def text(self) -> str:
@@ -85,7 +113,13 @@ def corpus_from_text(name: str, text: str, source: str) -> Corpus:
     return Corpus(name, hashlib.sha256(text.encode()).hexdigest(), source, {"all": lambda: iter([text])})
 
 
-def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None], text_column: str | None = None) -> Corpus:
+def load_corpus(
+    spec: str,
+    data_dir: Path | None,
+    say: Callable[[str], None],
+    text_column: str | None = None,
+    streaming: Streaming = "never",
+) -> Corpus:
     """The first available dataset of a comma-separated list.
 
     Args:
@@ -93,6 +127,7 @@ def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None], te
         data_dir: a folder to search before all others; None without `--data-dir`.
         say: receives a line about what was chosen, downloaded or replaced.
         text_column: for tables, the column of texts; None for "text".
+        streaming: whether a hub dataset is read a shard at a time: "auto" if it has more than `STREAMED_BYTES`.
 
     Raises:
         UserError: a name is unknown, or the data is not valid.
@@ -107,10 +142,14 @@ def load_corpus(spec: str, data_dir: Path | None, say: Callable[[str], None], te
             raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
         if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLE_SUFFIXES):
             raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
+        if streaming == "always" and not name.startswith("hf:"):
+            raise UserError(
+                f"--streaming always: {name} is no dataset hf:NAME, and only those are streamed; leave it out"
+            )
     reasons = []
     for name in names:
         try:
-            corpus = _load_one(name, data_dir, say, text_column or DEFAULT_COLUMN)
+            corpus = _load_one(name, data_dir, say, text_column or DEFAULT_COLUMN, streaming)
         except NotAvailable as e:
             reasons.append(str(e))
             continue
@@ -137,13 +176,17 @@ def absolute_name(name: str) -> str:
     return f"{name.partition(':')[0]}:{path_of(name).resolve()}" if name.startswith(("file:", "bin:")) else name
 
 
-def _load_one(name: str, data_dir: Path | None, say: Callable[[str], None], column: str) -> Corpus:
+def _load_one(
+    name: str, data_dir: Path | None, say: Callable[[str], None], column: str, streaming: Streaming
+) -> Corpus:
     option = f"--dataset {name}"
     if name == "pydoc":
         return _pydoc()
     if name in LINE_DATASETS:
         return _line_dataset(name, option, data_dir, say)
     if name.startswith("hf:"):
+        if streaming != "never" and (corpus := _streamed_dataset(name, option, column, streaming)):
+            return corpus
         return _hub_dataset(absolute_name(name), name.removeprefix("hf:"), option, column)
     if name.startswith("bin:"):
         return _token_files(path_of(name), option)
@@ -236,19 +279,59 @@ def _hub_dataset(name: str, spec: str, option: str, column: str) -> Corpus:
     return Corpus(name, _digest(splits, column), f"hf:{spec}", splits, documents=True)
 
 
+def _streamed_dataset(name: str, option: str, column: str, streaming: Streaming) -> Corpus | None:
+    """A hub dataset that is read a shard at a time; None if it is too small for that, or known to a cache alone."""
+    folder = split_spec(name.removeprefix("hf:"))[0]
+    is_folder = os.path.isdir(folder)
+    files = None if is_folder else kept_list(name, column)
+    if files is None:
+        with hub_builder(name.removeprefix("hf:"), option) as builder:
+            data_files = builder.config.data_files
+            if not data_files or "train" not in data_files:
+                return None
+            if is_folder and streaming == "auto" and sum(map(os.path.getsize, data_files["train"])) <= STREAMED_BYTES:
+                return None  # before all files are read for their digests
+            files = parquet_files(data_files, folder if is_folder else "", column, hub_endpoint())
+        name = absolute_name(name) if is_folder else f"{REVISION.sub('', name)}@{files.revision}"
+        if not is_folder:
+            keep_list(name, files)
+    if streaming == "auto" and files.n_bytes <= STREAMED_BYTES:
+        return None
+    return Corpus(name, files.sha256, name, {}, documents=True, shards=files)
+
+
 def _token_files(folder: Path, option: str) -> Corpus:
-    """nanoGPT's files: the uint16 tokens of one split each, without a header."""
+    """Files of uint16 tokens: llm.c's, or nanoGPT's, one a split and without a header."""
+    if shards := token_files(folder, option):
+        source = str(folder.resolve() / shards.train[0].path.name)
+        return Corpus(f"bin:{folder.resolve()}", shards.sha256, source, {}, documents=True, shards=shards)
     paths = {"train": folder / "train.bin", "validation": folder / "val.bin"}
     for path in paths.values():
         if not os.path.isfile(path):
-            raise NotAvailable(f"{option}: no {path.name} there; give a folder with train.bin and val.bin")
+            raise NotAvailable(
+                f"{option}: no {path.name} there; give a folder with train.bin and val.bin, or with *_train_*.bin and "
+                "*_val_*.bin"
+            )
         if not path.stat().st_size or path.stat().st_size % 2:
             raise UserError(
                 f"{option}: {path.name} has {path.stat().st_size} bytes, no whole number of uint16 tokens; write it "
                 "again"
             )
+        _require_uint16(path, option)
     source = str(folder.resolve() / "train.bin")
     return Corpus(f"bin:{folder.resolve()}", _digest_of_files(paths, option), source, {}, True, paths)
+
+
+def _require_uint16(path: Path, option: str) -> None:
+    """Raises `UserError` if a file's first tokens are those of another format, which would be read wrong."""
+    with open_regular(path) as f:
+        token_N = np.frombuffer(f.read(2 * PROBED_TOKENS), "<u2")
+    if has_header(path):
+        raise UserError(f"{option}: {path.name} has a header of llm.c; name it as llm.c does, *_{path.stem}_000000.bin")
+    low_N, high_N = token_N[: len(token_N) // 2 * 2].reshape(-1, 2).T
+    # The upper halves of uint32 are 0 for ids below 65,536, and 1 to 3 for those of the largest vocabularies.
+    if len(low_N) >= 32 and high_N.max() <= 3 < low_N.max():
+        raise UserError(f"{option}: {path.name} holds uint32 tokens; write it with numpy's uint16")
 
 
 def _digest(splits: Mapping[str, Texts], column: str) -> str:

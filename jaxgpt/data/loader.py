@@ -2,7 +2,8 @@
 
 `DeviceLoader` keeps the tokens on every device, and sends the starts of the windows. `HostLoader` keeps the tokens on
 the host, cuts the windows in a thread ahead of time, and sends them. Both deliver the batches of a `BatchSampler`, so
-they train the same model. `ExampleLoader` keeps labeled examples on every device.
+they train the same model. `ShardLoader` is a `HostLoader` for a corpus in shards. `ExampleLoader` keeps labeled
+examples on every device.
 
 A loader has `take(step, n_steps)`, the source of the batches of these steps; `max_steps`, the largest `n_steps`; and
 `close()`. The shape of a source does not depend on `n_steps`, so one compiled program serves all.
@@ -11,7 +12,7 @@ Axes as in `sampler`.
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -25,11 +26,13 @@ from jaxgpt.data.sampler import (
     ExampleSampler,
     ExampleSource,
     RowSource,
+    ShardSampler,
     TokenSource,
     WindowSource,
     read_windows,
     steps_per_dispatch,
 )
+from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import UserError
 
 PREFETCH_BYTES = 2**25  # windows that wait in the queue
@@ -78,7 +81,12 @@ class HostLoader:
         process_rows: of several processes, which rows of a batch this one reads, and what makes a source of them.
     """
 
-    def __init__(self, tokens_N: np.ndarray, batch_sampler: BatchSampler, process_rows: ProcessRows | None = None):
+    def __init__(
+        self,
+        tokens_N: np.ndarray,
+        batch_sampler: BatchSampler | ShardSampler,
+        process_rows: ProcessRows | None = None,
+    ):
         self._tokens_N, self._sampler = tokens_N, batch_sampler
         self._rows = process_rows.rows if process_rows else slice(0, batch_sampler.batch_size)
         self._n_rows = self._rows.stop - self._rows.start
@@ -110,22 +118,30 @@ class HostLoader:
 
     def close(self) -> None:
         """Stops the thread."""
+        self._stop_thread()
+
+    def _stop_thread(self) -> None:
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
             self._thread = None
 
     def _start(self, step: int) -> None:
-        self.close()
+        self._stop_thread()
         self._queue: queue.Queue = queue.Queue(self.max_steps)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(step, self._queue, self._stop), daemon=True)
         self._thread.start()
 
+    def _batches(self, step: int) -> Iterator[np.ndarray]:
+        """The windows [B, T + 1] of each step from `step` on."""
+        assert isinstance(self._sampler, BatchSampler)
+        batch_starts = (self._sampler.starts(s, 1)[0][self._rows] for s in count(step))
+        return read_windows(self._tokens_N, batch_starts, self._sampler.block_size)
+
     def _fill(self, step: int, windows: queue.Queue, stop: threading.Event) -> None:
         """The thread: puts the windows [B, T + 1] of each step from `step` on into the queue, or an exception."""
-        batch_starts = (self._sampler.starts(s, 1)[0][self._rows] for s in count(step))
-        steps = read_windows(self._tokens_N, batch_starts, self._sampler.block_size)
+        steps = self._batches(step)
         while not stop.is_set():
             try:
                 item: Any = next(steps)
@@ -139,6 +155,28 @@ class HostLoader:
                     continue
             if isinstance(item, BaseException):
                 return
+
+
+class ShardLoader(HostLoader):
+    """A `HostLoader` of a corpus in shards.
+
+    Args:
+        shards: of the corpus; `close` closes them, too.
+        shard_sampler: which cuts the rows of this process alone.
+        process_rows: as of `HostLoader`.
+    """
+
+    def __init__(self, shards: TokenShards, shard_sampler: ShardSampler, process_rows: ProcessRows | None = None):
+        super().__init__(np.zeros(0, shards.dtype), shard_sampler, process_rows)
+        self._shards = shards
+
+    def _batches(self, step: int) -> Iterator[np.ndarray]:
+        assert isinstance(self._sampler, ShardSampler)
+        return self._sampler.batches(step)
+
+    def close(self) -> None:
+        self._shards.close()  # first: the thread may wait for a shard
+        super().close()
 
 
 class ExampleLoader:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -128,21 +129,43 @@ def _too_long(option: str, number: int) -> UserError:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def read_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
+def read_rows(
+    path: Path, columns: Sequence[str], option: str, row_groups: Sequence[int] | None = None
+) -> Iterator[tuple[Any, ...]]:
     """The rows of a table: the values of the given columns, in their order.
 
     Args:
         path: a CSV file with a header, or a JSON Lines or Parquet file, by its suffix.
+        row_groups: of a Parquet file, those to read; None for all.
 
     Raises:
         NotAvailable: there is no such file.
         UserError: a column is missing, or the file is not of the format of its suffix.
     """
     suffix = path.suffix.lower()
-    reader = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(suffix, _json_rows)
+    reader = {".csv": _csv_rows, ".parquet": partial(_parquet_rows, row_groups=row_groups)}.get(suffix, _json_rows)
+    with _reported_as_user_error(option, suffix), open_regular(path) as f:
+        yield from reader(f, columns, option)
+
+
+def row_group_bytes(path: Path, columns: Sequence[str], option: str) -> list[int]:
+    """The bytes of each row group of a Parquet file once it is decompressed, all columns together.
+
+    Raises:
+        NotAvailable, UserError: as `read_rows`.
+    """
+    from pyarrow import parquet
+
+    with _reported_as_user_error(option, ".parquet"), open_regular(path) as f, parquet.ParquetFile(f) as table:
+        require_columns(columns, table.schema_arrow.names, option)
+        return [table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups)]
+
+
+@contextlib.contextmanager
+def _reported_as_user_error(option: str, suffix: str) -> Iterator[None]:
+    """Turns the errors of reading a table into `NotAvailable` and `UserError`."""
     try:
-        with open_regular(path) as f:
-            yield from reader(f, columns, option)
+        yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise NotAvailable(f"{option}: no such file; check the path") from None
     except NotRegular:
@@ -151,6 +174,12 @@ def read_rows(path: Path, columns: Sequence[str], option: str) -> Iterator[tuple
         raise _not_utf8(option, e.start) from None
     except (OSError, csv.Error) as e:
         raise UserError(f"{option}: cannot be read as {suffix} ({e}); give a whole {suffix} file") from None
+    except Exception as e:
+        # By its module: pyarrow takes a fifth of a second to import, and few tables are Parquet files.
+        if not type(e).__module__.startswith("pyarrow"):
+            raise
+        reason = (str(e).splitlines() or [""])[0]
+        raise UserError(f"{option}: cannot be read as parquet ({reason}); give a whole file") from None
 
 
 def require_columns(columns: Sequence[str], available: Sequence[str], option: str) -> None:
@@ -209,7 +238,9 @@ def _json_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Iterator
         yield values
 
 
-def _parquet_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Iterator[tuple[Any, ...]]:
+def _parquet_rows(
+    file: IO[bytes], columns: Sequence[str], option: str, row_groups: Sequence[int] | None
+) -> Iterator[tuple[Any, ...]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -219,28 +250,24 @@ def _parquet_rows(file: IO[bytes], columns: Sequence[str], option: str) -> Itera
         f"{option}: more than {most:,} bytes of text, {PARQUET_FACTOR} times the file and more; give a file that does "
         "not repeat itself so"
     )
-    try:
-        with parquet.ParquetFile(file) as probe:
-            schema, stored = probe.schema_arrow, _stored_bytes(probe.metadata, len(distinct))
-            require_columns(columns, schema.names, option)
-        for name in distinct:
-            if pyarrow.types.is_nested(kind := schema.field(name).type):
-                raise UserError(f"{option}: the column {name!r} holds {kind}, not text; choose a column of texts")
-        if stored > most:  # before a page is decompressed
-            raise too_much
-        # A repeated text is stored once, in a dictionary. Where all fits, Arrow keeps it so: a batch of a thousand long
-        # texts that are one would be large. Of more data, each text is a small part.
-        as_stored = distinct if stored <= PARQUET_FLOOR else None
-        with parquet.ParquetFile(file, read_dictionary=as_stored) as table:
-            for batch in table.iter_batches(TABLE_ROWS, columns=distinct):
-                n_decoded += sum(map(_decoded_bytes, batch.columns))
-                if n_decoded > most:
-                    raise too_much
-                values = {name: _values(batch.column(name)) for name in distinct}
-                yield from zip(*(values[name] for name in columns), strict=True)
-    except pyarrow.ArrowException as e:
-        reason = (str(e).splitlines() or [""])[0]
-        raise UserError(f"{option}: cannot be read as parquet ({reason}); give a whole file") from None
+    with parquet.ParquetFile(file) as probe:
+        schema, stored = probe.schema_arrow, _stored_bytes(probe.metadata, len(distinct))
+        require_columns(columns, schema.names, option)
+    for name in distinct:
+        if pyarrow.types.is_nested(kind := schema.field(name).type):
+            raise UserError(f"{option}: the column {name!r} holds {kind}, not text; choose a column of texts")
+    if stored > most:  # before a page is decompressed
+        raise too_much
+    # A repeated text is stored once, in a dictionary. Where all fits, Arrow keeps it so: a batch of a thousand long
+    # texts that are one would be large. Of more data, each text is a small part.
+    as_stored = distinct if stored <= PARQUET_FLOOR else None
+    with parquet.ParquetFile(file, read_dictionary=as_stored) as table:
+        for batch in table.iter_batches(TABLE_ROWS, row_groups=row_groups, columns=distinct):
+            n_decoded += sum(map(_decoded_bytes, batch.columns))
+            if n_decoded > most:
+                raise too_much
+            values = {name: _values(batch.column(name)) for name in distinct}
+            yield from zip(*(values[name] for name in columns), strict=True)
 
 
 def _stored_bytes(metadata: Any, n_columns: int) -> int:
@@ -298,29 +325,38 @@ def hub_splits(spec: str, option: str) -> Mapping[Any, Any]:
     network.
 
     Args:
-        spec: NAME[:CONFIG]. NAME may be a local folder with the layout of a hub dataset.
+        spec: NAME[:CONFIG][@REVISION]. NAME may be a local folder with the layout of a hub dataset.
 
     Raises:
         NotAvailable: the dataset is not on this machine and cannot be downloaded.
         UserError: the dataset has no Parquet files.
     """
-    name, _, config = spec.partition(":")
-    endpoint = os.environ.get("HF_ENDPOINT", HUB)
-    no_network = None if os.path.isdir(name) else unreachable_reason(endpoint, any_answer=True)
+    with hub_builder(spec, option) as builder:
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+        assert isinstance(splits, dict)
+        return splits
+
+
+@contextlib.contextmanager
+def hub_builder(spec: str, option: str) -> Iterator[Any]:
+    """A context manager that yields the `datasets.DatasetBuilder` of a hub dataset, which has downloaded nothing yet.
+
+    What fails within is reported, too. Args and Raises as of `hub_splits`.
+    """
+    name, config, revision = split_spec(spec)
+    no_network = None if os.path.isdir(name) else unreachable_reason(hub_endpoint(), any_answer=True)
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
     try:
         with _offline_mode() if no_network else contextlib.nullcontext():
-            builder = datasets.load_dataset_builder(name, config or None)
+            builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
             module = type(builder).__module__
             if ".parquet." not in module and ".cache." not in module:
                 kind = module.rsplit(".", 1)[-1]
                 raise UserError(f"{option}: made of {kind}, not of parquet files; give its files with file:PATH")
-            builder.download_and_prepare()
-            splits = builder.as_dataset()
-            assert isinstance(splits, dict)
-            return splits
+            yield builder
     except UserError:
         raise
     except Exception as e:  # the errors of the library and of its transports have no common base class
@@ -328,9 +364,23 @@ def hub_splits(spec: str, option: str) -> Mapping[Any, Any]:
         if no_network:
             reason = f"no network ({no_network})"
         raise NotAvailable(
-            f"{option}: cannot be had from {endpoint}: {reason}; check the name, and "
+            f"{option}: cannot be had from {hub_endpoint()}: {reason}; check the name, and "
             "NAME:CONFIG where it has several, or give its files with file:PATH"
         ) from None
+
+
+def hub_endpoint() -> str:
+    """The hub's address."""
+    return os.environ.get("HF_ENDPOINT", HUB)
+
+
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """Name, configuration and revision of NAME[:CONFIG][@REVISION]; "" for what is left out."""
+    if os.path.isdir(spec):
+        return spec, "", ""
+    dataset, _, revision = spec.partition("@")
+    name, _, config = dataset.partition(":")
+    return name, config, revision
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ window holds T + 1 tokens: the inputs, and the targets one position later.
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from jax import Array
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.files import drop_mapped_pages
+from jaxgpt.data.shards import TokenShards
 from jaxgpt.data.token_cache import n_chunks
+from jaxgpt.errors import UserError
 from jaxgpt.rng import TRAIN, stream_key
 
 PADDING = -1  # pads short texts, and batches that are not full; the model's input has the pad token instead
@@ -133,6 +136,98 @@ class BatchSampler:
         draw = jax.vmap(lambda step: window_starts(key, step, n_tokens, self.batch_size, self.block_size))
         draw = jax.jit(draw)
         return lru_cache(4)(lambda i: np.asarray(draw(n_steps * i + np.arange(n_steps, dtype=np.int32))))
+
+
+class ShardSampler:
+    """The windows of each training step from a corpus in shards, a function of (seed, step).
+
+    Each epoch takes the files in an order of its own, the shards of a file as they follow each other, and the chunks of
+    a shard shuffled; the first epoch begins with the first file, of which a part validates. The chunks of a shard are
+    those of `BatchSampler`. A batch may go on in the next shard and in the next epoch, so that none is dropped.
+
+    Args:
+        shards: of the corpus.
+        rows: of each batch, those to cut.
+
+    Attributes:
+        batch_size: B, the number of rows to cut.
+        block_size: T.
+    """
+
+    def __init__(self, config: TrainConfig, shards: TokenShards, rows: slice = slice(None)):  # noqa: B008
+        assert config.packing != "windows", "random windows need all tokens at once"
+        self.dtype, self.block_size = shards.dtype, config.model.block_size
+        self._shards, self._seed, self._global_batch = shards, config.seed, config.batch_size
+        self._rows = range(config.batch_size)[rows]
+        self.batch_size = len(self._rows)
+
+    def batches(self, step: int) -> Iterator[np.ndarray]:
+        """The windows [B, T + 1] of each step from `step` on, without end.
+
+        Raises:
+            UserError: no shard holds a window; or what reading a shard raises.
+        """
+        parts: list[np.ndarray] = []  # of the batch that is being filled
+        n_filled = 0
+        for tokens_N, start_W in self._chunks(step * self._global_batch):
+            while len(start_W):
+                take = start_W[: self._global_batch - n_filled]
+                cut = take[max(self._rows.start - n_filled, 0) : max(self._rows.stop - n_filled, 0)]
+                pieces = np.split(cut, range(MAX_MAPPED_WINDOWS, len(cut), MAX_MAPPED_WINDOWS))
+                parts.extend(read_windows(tokens_N, pieces, self.block_size))
+                start_W, n_filled = start_W[len(take) :], n_filled + len(take)
+                if n_filled == self._global_batch:
+                    yield np.concatenate(parts)
+                    parts, n_filled = [], 0
+
+    def _chunks(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The tokens [N] of each shard and the starts of its chunks in their order, from chunk number `first` on."""
+        passes, first_shard, first = self._position(first)
+        last_used = None
+        for epoch, file, number, tokens_N in self._shards.read(passes, first_shard):
+            n = n_chunks(len(tokens_N), self.block_size)
+            last_used = epoch if n or last_used is None else last_used
+            if epoch > last_used + 1:
+                raise UserError(f"--model.block-size {self.block_size}: no shard of the corpus holds a block plus one")
+            if first < n:
+                order = shuffled(n, self._seed, epoch, file, number)
+                yield tokens_N, order[first:] * self.block_size
+            first = max(0, first - n)
+
+    def _position(self, first: int) -> tuple[Iterator[tuple[int, int]], int, int]:
+        """Where to begin to read for chunk number `first`, as far as the counts of the shards are known.
+
+        Returns:
+            The epochs and files from there on, the number of the first shard, and the chunks to skip from there.
+        """
+        n_files = self._shards.n_files
+        passes = ((epoch, file) for epoch in count() for file in file_order(n_files, self._seed, epoch))
+        begins = first
+        for epoch, file in passes:
+            counts, complete = self._shards.known_counts(file)
+            for number, n_tokens in enumerate(counts):
+                n = n_chunks(n_tokens, self.block_size)
+                if first < n:
+                    return chain([(epoch, file)], passes), number, first
+                first -= n
+            if not complete or epoch > begins:  # the latter: an epoch had no chunk
+                return chain([(epoch, file)], passes), len(counts), first
+        raise AssertionError("the epochs have no end")
+
+
+def file_order(n_files: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch's files. The first epoch begins with the first file."""
+    order = shuffled(n_files, seed, epoch).tolist()
+    return order if epoch else [0, *(file for file in order if file != 0)]
+
+
+def shuffled(n: int, *key: int) -> np.ndarray:
+    """The numbers below n in an order that depends on the key only, int64 [n].
+
+    The raw output of Philox is the same in all versions of numpy, unlike what its `Generator` makes of it. JAX would
+    compile a program for every n.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
 class ExampleSampler:

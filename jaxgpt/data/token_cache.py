@@ -31,8 +31,10 @@ import numpy as np
 from jaxgpt import strict_json
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.files import PIECE_BYTES, atomic_folder, cache_folder, drop_mapped_pages, open_regular, read_small
+from jaxgpt.data.files import PIECE_BYTES, atomic_folder, cache_folder, open_regular, read_small
 from jaxgpt.data.readers import Texts
+from jaxgpt.data.shard_cache import ShardCache, default_workers
+from jaxgpt.data.shards import TokenFiles, TokenFileShards, TokenShards, require_vocabulary
 from jaxgpt.data.tokenizer import Tokenizer, identity, make_tokenizer
 from jaxgpt.errors import UserError, flag
 
@@ -65,10 +67,10 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a language model trains on: the tokenizer, and the tokens [N] of train and validation."""
+    """What a language model trains on: the tokenizer, and the tokens [N] of train, or their shards, and validation."""
 
     tokenizer: Tokenizer
-    train_N: np.ndarray
+    train_N: np.ndarray | TokenShards
     val_N: np.ndarray
 
 
@@ -90,14 +92,55 @@ def tokenize_corpus(
         The configuration with the total number of steps, and the tokens.
 
     Raises:
-        UserError: what `make_tokenizer` and `split_tokens` raise.
+        UserError: what `make_tokenizer`, `split_tokens` and `open_shards` raise.
     """
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, corpus, data_dir, say)
-    data = Data(tokenizer, *split_tokens(corpus, tokenizer, config, say))
+    if corpus.shards:
+        return config, Data(tokenizer, *open_shards(corpus, tokenizer, config, say))
+    train_N, val_N = split_tokens(corpus, tokenizer, config, say)
     if config.epochs:
-        steps = config.epochs * (n_chunks(len(data.train_N), config.model.block_size) // config.batch_size)
+        steps = config.epochs * (n_chunks(len(train_N), config.model.block_size) // config.batch_size)
         config = dataclasses.replace(config, steps=min(config.steps, steps))
-    return config, data
+    return config, Data(tokenizer, train_N, val_N)
+
+
+def open_shards(
+    corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, say: Callable[[str], None] = lambda line: None
+) -> tuple[TokenShards, np.ndarray]:
+    """The training tokens of a corpus in shards, and the tokens [N] that validate.
+
+    Those are the first shard: of the corpus' validation split if it has one, else of the first file.
+
+    Raises:
+        UserError: a flag does not go with shards, the tokens are too few, or cannot be had.
+    """
+    for name in ("max_train_texts", "max_val_texts", "epochs"):
+        if value := getattr(config, name):
+            raise UserError(f"{flag(name)} {value}: --dataset {corpus.name} comes in shards; give {flag(name)} 0")
+    if config.packing == "windows":
+        raise UserError(
+            f"--packing windows: draws from all tokens, and --dataset {corpus.name} comes in shards; give --packing "
+            "chunks"
+        )
+    if not config.eval_every:
+        raise UserError(f"--eval-every 0: --dataset {corpus.name} comes in shards, of unknown number; give a number")
+    if isinstance(corpus.shards, TokenFiles):
+        if config.min_chars:
+            raise UserError(
+                f"--min-chars {config.min_chars}: {corpus.name} holds tokens, not texts; give --min-chars 0"
+            )
+        shards = TokenFileShards(corpus.shards, tokenizer.vocab_size)
+    else:
+        assert corpus.shards
+        dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        shards = ShardCache(corpus.name, corpus.shards, tokenizer, dtype, config.min_chars, say, default_workers())
+        say(
+            f"streaming {corpus.name}: {shards.n_files:,} Parquet files of {corpus.shards.n_bytes / 1e9:,.3g} GB, "
+            f"tokenized by {default_workers()} processes into {shards.work.folder}"
+        )
+    val_N = shards.validation()[: config.max_val_tokens or None]
+    _require_enough(corpus, config, 2**31 - 1, len(val_N))
+    return shards, val_N
 
 
 def n_chunks(n_tokens: int, block_size: int) -> int:
@@ -132,6 +175,7 @@ def split_tokens(
         UserError: no text remains, a split is too short for one step, or a token file has tokens outside the
             vocabulary.
     """
+    assert not corpus.shards
     if corpus.token_files or not corpus.documents:
         kind = "holds tokens, not texts" if corpus.token_files else "is a single text"
         for name in ("min_chars", "max_train_texts", "max_val_texts"):
@@ -195,15 +239,7 @@ def _require_enough(corpus: Corpus, config: TrainConfig, n_train: int, n_val: in
 def _map_token_file(path: Path, tokenizer: Tokenizer, corpus: Corpus) -> Split:
     """nanoGPT's file of a split, memory-mapped."""
     tokens_N = np.memmap(path, np.dtype("<u2"), "r")
-    if tokenizer.vocab_size < 2**16:
-        for start in range(0, len(tokens_N), PIECE_BYTES):
-            drop_mapped_pages(tokens_N)
-            largest = int(tokens_N[start : start + PIECE_BYTES].max())
-            if largest >= tokenizer.vocab_size:
-                raise UserError(
-                    f"--dataset {corpus.name}: {path.name} holds token {largest}, outside the vocabulary of "
-                    f"{tokenizer.vocab_size}; give the --tokenizer that it was made with"
-                )
+    require_vocabulary(tokens_N, tokenizer.vocab_size, f"--dataset {corpus.name}: {path.name}")
     return Split(tokens_N, np.zeros(0, np.int64))
 
 

@@ -294,8 +294,13 @@ def make_tokenizer(
         UserError: GPT-2's vocabulary is not available; the corpus consists of tokens of another tokenizer; or a text
             cannot be encoded.
     """
-    if corpus.token_files and kind not in ("gpt2", "byte"):
+    if corpus.holds_tokens and kind not in ("gpt2", "byte"):
         raise UserError(f"--tokenizer {kind}: {corpus.name} holds tokens, not texts; give the one they were made with")
+    if corpus.shards and kind not in ("gpt2", "byte"):
+        raise UserError(
+            f"--tokenizer {kind}: is made from all texts, and {corpus.name} is streamed; give gpt2 or byte, or "
+            "--streaming never"
+        )
     if kind == "byte":
         return ByteTokenizer()
     if kind == "gpt2":

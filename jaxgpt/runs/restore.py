@@ -9,7 +9,7 @@ import numpy as np
 from jaxgpt import parallel
 from jaxgpt.data.corpora import load_corpus
 from jaxgpt.data.files import NotAvailable
-from jaxgpt.data.token_cache import split_tokens
+from jaxgpt.data.token_cache import open_shards, split_tokens
 from jaxgpt.errors import DamagedRun, UserError
 from jaxgpt.objective import Objective
 from jaxgpt.parallel import Executor
@@ -95,7 +95,8 @@ def split_of(run: RunDir, split: str, data_dir: Path | None) -> np.ndarray:
     """
     config = run.config
     try:
-        corpus = load_corpus(config.dataset, data_dir or run.data_dir, print_progress, config.text_column)
+        folder = data_dir or run.data_dir
+        corpus = load_corpus(config.dataset, folder, print_progress, config.text_column, config.streaming)
     except NotAvailable as e:
         raise UserError(f"RUN {run.path}: the text it was trained on cannot be had: {e}") from None
     if corpus.sha256 != run.data_sha256:
@@ -103,5 +104,12 @@ def split_of(run: RunDir, split: str, data_dir: Path | None) -> np.ndarray:
             f"RUN {run.path}: was trained on another text than {corpus.source} (sha256 {run.data_sha256[:12]}..., here "
             f"{corpus.sha256[:12]}...); bring that text back, or give its folder with --data-dir"
         )
+    if corpus.shards:
+        if split == "train":
+            raise UserError(
+                f"RUN {run.path}: {config.dataset} comes in shards, of which only a training reads those to train on; "
+                "evaluate the val split"
+            )
+        return open_shards(corpus, run.tokenizer, config, print_progress)[1]
     train_N, val_N = split_tokens(corpus, run.tokenizer, config, print_progress)
     return train_N if split == "train" else val_N

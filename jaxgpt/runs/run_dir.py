@@ -28,6 +28,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import PARTIAL, atomic_replace
 from jaxgpt.data.labeled import LabeledTexts
+from jaxgpt.data.shards import REVISION
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import DamagedRun, UserError, flag
 from jaxgpt.runs import files, manifest
@@ -351,7 +352,7 @@ def _begin_or_resume(
 
 def default_run_dir(dataset: str, kind: str) -> Path:
     """runs/<dataset>-<kind>-<time>: the folder of a new run, one that does not exist yet."""
-    dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).stem if "/" in dataset else dataset)
+    dataset = re.sub(r"[^\w.-]+", "_", Path(REVISION.sub("", dataset)).stem if "/" in dataset else dataset)
     stem = Path("runs") / f"{dataset}-{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in range(1000):
         path = stem if not number else stem.with_name(f"{stem.name}-{number}")
@@ -426,13 +427,15 @@ def _loadable_tokenizer(path: Path) -> Tokenizer | None:
 def recorded_choice(path: Path | None, spec: str) -> str:
     """The one of the datasets in `spec` ("a,b") that the run in a folder was begun with; else `spec` unchanged.
 
-    `--dataset a,b` so resumes a run that was begun with b because a could not be had.
+    `--dataset a,b` so resumes a run that was begun with b because a could not be had, and `hf:NAME` one that was begun
+    with `hf:NAME@COMMIT`, whatever the hub has by now.
     """
     try:
         recorded = files.read_json(path / "data.json", DataRecord).dataset if path else None
     except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
         return spec
-    return recorded if recorded in [name.strip() for name in spec.split(",")] else spec
+    names = [name.strip() for name in spec.split(",")]
+    return recorded if recorded and not {recorded, REVISION.sub("", recorded)}.isdisjoint(names) else spec
 
 
 def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord, dict[str, str]]:

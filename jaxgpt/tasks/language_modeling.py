@@ -20,10 +20,12 @@ from jaxgpt.callbacks import Callback, EveryN
 from jaxgpt.config import FaultPolicy, SamplingConfig, TrainConfig
 from jaxgpt.data import sampler
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.loader import make_loader
-from jaxgpt.data.sampler import BatchSampler, EvalBatch
+from jaxgpt.data.loader import ShardLoader, make_loader
+from jaxgpt.data.sampler import BatchSampler, EvalBatch, ShardSampler
+from jaxgpt.data.shards import REVISION
 from jaxgpt.data.token_cache import Data
 from jaxgpt.data.tokenizer import Tokenizer, decode, sample_prompt, visible
+from jaxgpt.errors import UserError
 from jaxgpt.model.loss import mean_of_batches, perplexity
 from jaxgpt.model.sampling import generate
 from jaxgpt.objective import LanguageModelingObjective
@@ -69,14 +71,17 @@ def train(
     Raises:
         UserError: before anything is written; or as `run_training` does, which raises the other errors too.
     """
+    if loader == "device" and corpus.shards:
+        raise UserError(f"--loader device: {corpus.name} comes in shards, which the host reads; leave it out")
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
+    n_train = f"{len(data.train_N):,}" if isinstance(data.train_N, np.ndarray) else f"{data.train_N.n_files:,} files of"
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
     with contextlib.closing(run_dir.create_together(folder, config, tokenizer, corpus, overwrite)) as run:
         headline = (
-            f"{config.preset} on {corpus.name} ({len(data.train_N):,} training and {len(data.val_N):,} validation "
+            f"{config.preset} on {corpus.name} ({n_train} training and {len(data.val_N):,} validation "
             f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
             f"--parallel {config.parallel}"
         )
@@ -106,12 +111,17 @@ class LanguageModelingTask(Task):
     ):
         config, self.say = run.config, say
         self.run, self.executor, self.prompt, self.val_N = run, executor, prompt, data.val_N
-        self.title = f"{config.preset} on {config.dataset.rsplit('/')[-1]}"
-        batch_sampler = BatchSampler(config, len(data.train_N))
-        self.steps_per_epoch = batch_sampler.steps_per_epoch
-        self.loader = make_loader(
-            data.train_N, batch_sampler, executor.put, executor.bytes_for_tokens, loader, executor.process_rows
-        )
+        self.title = f"{config.preset} on {REVISION.sub('', config.dataset).rsplit('/')[-1]}"
+        process_rows = executor.process_rows
+        if isinstance(data.train_N, np.ndarray):
+            batch_sampler = BatchSampler(config, len(data.train_N))
+            self.steps_per_epoch = batch_sampler.steps_per_epoch
+            placement = (executor.put, executor.bytes_for_tokens, loader, process_rows)
+            self.loader = make_loader(data.train_N, batch_sampler, *placement)
+        else:  # how many steps an epoch has is known at its end
+            self.steps_per_epoch = None
+            rows = process_rows.rows if process_rows else slice(None)
+            self.loader = ShardLoader(data.train_N, ShardSampler(config, data.train_N, rows), process_rows)
         self._val_starts = jax.jit(self._draw_val_starts)
         self._flow = executor.compiled(partial(diagnostics.gradient_flow, executor.objective))
         self.map_ids_T = np.asarray(data.val_N[: min(MAP_TOKENS, config.model.block_size)], np.int32)

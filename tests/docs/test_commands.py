@@ -13,14 +13,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from documentation import COMMANDS, PAGES, ROOT, Block, blocks
+from pyarrow import parquet
 
 # The blocks that are not run: (page, first line).
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
+    ("docs/scale.md", "export JAX_NUM_CPU_DEVICES=1   # on a CPU; each process has as many devices"),
+    ("docs/scale.md", "python scripts/plan.py --preset gpt2 --batch-size 256 --target H100:32 --mesh data=4,fsdp=8"),
     ("docs/scale.md", "python -m benchmarks.scale"),
+    ("docs/gpt2-billion-tokens.md", "# one H100"),
+    (
+        "docs/gpt2-billion-tokens.md",
+        "python scripts/plan.py --preset gpt2 --batch-size 512 --target v5e:4x4 --grad-accum 4",
+    ),
+    (
+        "docs/gpt2-billion-tokens.md",
+        "python scripts/train.py --preset gpt2 --dataset bin:fineweb10B --out-dir runs/gpt2",
+    ),
     ("docs/reliability.md", "python -m tests.faults"),
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
@@ -84,6 +97,10 @@ def folder_of_a_reader(folder: Path) -> Path:
     (folder / "data" / "ag_news").mkdir()
     rows = [f'"{draw.randint(1, 4)}","{sentence(3)}","{sentence(8)}"'.replace('!"#', "!#") for _ in range(100)]
     (folder / "data" / "ag_news" / "test.csv").write_text("\n".join(rows))
+    (folder / "my_corpus").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        table = pyarrow.table({"text": [sentence(30) for _ in range(200)]})
+        parquet.write_table(table, folder / "my_corpus" / f"{name}.parquet")
     programs = folder / "bin"
     programs.mkdir()
     for name, call in (("python", ""), ("jaxgpt", "-m jaxgpt")):

@@ -14,7 +14,7 @@ import pytest
 from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig, mesh_shape
 from jaxgpt.data import sampler
-from jaxgpt.data.loader import make_loader
+from jaxgpt.data.loader import HostLoader, ProcessRows, make_loader
 from jaxgpt.data.sampler import BatchSampler, whole_split
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.errors import UserError
@@ -420,3 +420,22 @@ def test_in_10000_steps_no_window_is_wrong_missing_or_doubled(packing):
         windows = [np.asarray(sampler.windows(tokens_N, r.reshape(-1), block_size)) for r in rows]
         windows = [w.reshape(n_steps, -1, block_size + 1) for w in windows]
         np.testing.assert_array_equal(np.concatenate(windows, axis=1), window_KBT)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 4])
+def test_processes_read_each_window_of_10000_steps_once(n_processes):
+    """Each by the loader of its own rows, of batches that are divided over 4 devices."""
+    config = TrainConfig(batch_size=8, packing="chunks", model=ModelConfig(block_size=4))
+    tokens_N = np.arange(4 * (8 * 7 + 5) + 1)
+    batch_sampler = BatchSampler(config, len(tokens_N))
+    devices = [types.SimpleNamespace(process_index=i * n_processes // 4) for i in range(4)]
+    mesh = types.SimpleNamespace(devices=np.array(devices).reshape(2, 2), size=4)
+    rows = [parallel.rows_of_process(mesh, 8, process) for process in range(n_processes)]
+    loaders = [HostLoader(tokens_N, batch_sampler, ProcessRows(own, sampler.RowSource)) for own in rows]
+    for step in range(0, 10_000, loaders[0].max_steps):
+        n_steps = min(loaders[0].max_steps, 10_000 - step)
+        read = [loader.take(step, n_steps).window_KBT[:n_steps] for loader in loaders]
+        start_KB = batch_sampler.starts(step, n_steps)
+        np.testing.assert_array_equal(np.concatenate(read, axis=1), tokens_N[start_KB[..., None] + np.arange(5)])
+    for loader in loaders:
+        loader.close()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from pathlib import Path
 
 from jaxgpt.config import ModelConfig, TrainConfig
@@ -43,3 +44,18 @@ def write_line_dataset(folder: Path, **texts: str) -> None:
     (folder / "wikitext-2").mkdir(parents=True)
     for name, text in texts.items():
         (folder / "wikitext-2" / f"{name}.txt").write_text(text)
+
+
+def write_hub_folder(folder: Path, n_files: int, n_rows: int = 60, row_group_size: int = 10, **columns: list) -> Path:
+    """A hub dataset in a folder: Parquet files of a few words a row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir(parents=True)
+    for number in range(n_files):
+        draw = random.Random(number)
+        texts = [" ".join(draw.choices(["north", "süd", "wind", "of"], k=draw.randint(1, 20))) for _ in range(n_rows)]
+        table = pyarrow.table(columns or {"text": texts})
+        path = folder / f"train-{number:05}-of-{n_files:05}.parquet"
+        parquet.write_table(table, path, row_group_size=row_group_size)
+    return folder

@@ -4,14 +4,24 @@ import os
 import subprocess
 import sys
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from unit.data.samples import load_file, write_table
 
 from jaxgpt.data import files, readers
 from jaxgpt.data.files import NotAvailable
-from jaxgpt.data.readers import hub_splits, join_columns, read_lines, read_rows, text_pieces
+from jaxgpt.data.readers import (
+    hub_splits,
+    join_columns,
+    read_lines,
+    read_rows,
+    row_group_bytes,
+    split_spec,
+    text_pieces,
+)
 from jaxgpt.errors import UserError
 
 
@@ -222,3 +232,26 @@ def test_an_unreachable_hub_leaves_the_process_online(tmp_path, monkeypatch):
         hub_splits("some/thing", "--flag x")
     assert "HF_HUB_OFFLINE" not in os.environ
     assert (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE) == flags
+
+
+def test_a_hub_datasets_name_has_a_configuration_and_a_revision(tmp_path):
+    assert split_spec("a/b") == ("a/b", "", "")
+    assert split_spec("a/b:c") == ("a/b", "c", "")
+    assert split_spec("a/b@main") == ("a/b", "", "main")
+    assert split_spec("a/b:c@0123") == ("a/b", "c", "0123")
+    (tmp_path / "x@y:z").mkdir()
+    assert split_spec(str(tmp_path / "x@y:z")) == (str(tmp_path / "x@y:z"), "", "")
+
+
+def test_row_groups_are_read_by_their_numbers(tmp_path):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": [str(n) * 99 for n in range(10)]}), path, row_group_size=4)
+    rows = [list(read_rows(path, ["text"], "--flag x", groups)) for groups in ([0], [1, 2], [2], None)]
+    assert rows[0] + rows[1] == rows[3] and rows[2] == rows[3][8:] and len(rows[0]) == 4
+    sizes = row_group_bytes(path, ["text"], "--flag x")
+    assert len(sizes) == 3 and sizes[0] > sizes[2] > 2 * 99
+    with pytest.raises(UserError, match="--flag x: no column 'body'; it has 'text'"):
+        row_group_bytes(path, ["body"], "--flag x")
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="--flag x: cannot be read as parquet"):
+        row_group_bytes(path, ["text"], "--flag x")

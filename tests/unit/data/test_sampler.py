@@ -1,12 +1,15 @@
 """Batches are a function of (seed, step), uniform over the text, and shifted by one."""
 
+from itertools import islice
+
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data import sampler
-from jaxgpt.data.sampler import PADDING, ExampleSampler
+from jaxgpt.data.sampler import PADDING, ExampleSampler, ShardSampler, file_order
+from jaxgpt.data.shards import Shard, TokenShards
 
 
 def starts(seed, step, n_tokens=1000, batch_size=8, block_size=16):
@@ -125,3 +128,92 @@ def test_evaluated_windows_count_all_their_targets():
     (batch,) = sampler.eval_windows(np.arange(100), np.array([[3, 50]]), 16)
     assert batch.window_BT.tolist() == [list(range(3, 20)), list(range(50, 67))]
     assert batch.counts_BT.shape == (2, 16) and batch.counts_BT.all()
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+class CountedShards(TokenShards):
+    """Shards whose tokens are all different; `known` says of how many of them the counts are known."""
+
+    dtype = np.dtype(np.int64)
+
+    def __init__(self, sizes, known=0):
+        self.sizes, self.n_files, self.known = sizes, len(sizes), known
+        self.opened = []
+
+    def known_counts(self, file):
+        before = sum(map(len, self.sizes[:file]))
+        counts = self.sizes[file][: max(0, self.known - before)]
+        return counts, len(counts) == len(self.sizes[file]) and self.known > before
+
+    def read(self, passes, first):
+        for epoch, file in passes:
+            for number in range(first, len(self.sizes[file])):
+                start = 10**6 * file + 10**4 * number
+                self.opened.append((epoch, file, number))
+                yield Shard(epoch, file, number, np.arange(start, start + self.sizes[file][number]))
+            first = 0
+
+    def close(self):
+        pass
+
+
+SIZES = [[100, 57, 3], [], [81, 80, 0, 200], [33], [64, 65]]
+N_WINDOWS = sum((n - 1) // 8 for sizes in SIZES for n in sizes if n > 8)
+
+
+def shard_sampler(shards, rows=slice(None), batch_size=6, **values):
+    config = TrainConfig(packing="chunks", batch_size=batch_size, model=ModelConfig(block_size=8), **values)
+    return ShardSampler(config, shards, rows)
+
+
+def first_batches(n, step=0, known=0, **values):
+    return np.array(list(islice(shard_sampler(CountedShards(SIZES, known), **values).batches(step), n)))
+
+
+def test_every_epoch_of_shards_has_every_window_once():
+    """A window's first token tells which it is; batches go on from shard to shard and from epoch to epoch."""
+    starts_W = first_batches(3 * N_WINDOWS // 6 + 1)[:, :, 0].ravel()
+    shards = [(file, number, n) for file, sizes in enumerate(SIZES) for number, n in enumerate(sizes)]
+    expected = {10**6 * file + 10**4 * number + t for file, number, n in shards for t in range(0, n - 8, 8)}
+    assert len(expected) == N_WINDOWS
+    epochs = [starts_W[N_WINDOWS * e : N_WINDOWS * (e + 1)].tolist() for e in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == N_WINDOWS and set(epoch) == expected
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0][0] < 10**6  # the first file first
+    windows_BT = first_batches(5).reshape(-1, 9)
+    np.testing.assert_array_equal(windows_BT, windows_BT[:, :1] + np.arange(9))
+
+
+@pytest.mark.parametrize("known", range(0, 12))
+def test_a_resumed_run_sees_the_same_batches_of_shards(known):
+    """From any step, whatever is known of the shards."""
+    whole = first_batches(40)
+    for step in (0, 1, 7, 9, 10, 11, 23, 30):
+        np.testing.assert_array_equal(first_batches(3, step, known), whole[step : step + 3])
+
+
+def test_shards_before_the_position_are_not_opened_if_their_counts_are_known():
+    shards = CountedShards(SIZES, 10)
+    next(shard_sampler(shards).batches(11))
+    order = [(0, file, number) for file in file_order(5, 1337, 0) for number in range(len(SIZES[file]))]
+    assert len(shards.opened) < 4 and shards.opened[0] != order[0] and set(shards.opened) <= set(order)
+
+
+def test_rows_of_a_batch_are_those_of_the_whole_batch():
+    whole = first_batches(20)
+    for cuts in ([0, 3, 6], [0, 1, 2, 5, 6]):
+        parts = [first_batches(20, rows=slice(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        assert [part.shape[1] for part in parts] == np.diff(cuts).tolist()
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_batches_of_shards_depend_on_the_seed_and_not_on_the_version():
+    assert not np.array_equal(first_batches(1), first_batches(1, seed=1))
+    assert first_batches(1, seed=7)[0, :, 0].tolist() == PINNED_SHARDS
+    assert [file_order(6, 3, epoch) for epoch in (0, 1)] == PINNED_ORDERS
+
+
+PINNED_SHARDS = [64, 32, 24, 48, 16, 8]
+PINNED_ORDERS = [[0, 1, 2, 5, 4, 3], [5, 3, 0, 1, 2, 4]]

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from jaxgpt.config import TrainConfig
@@ -11,6 +12,8 @@ from jaxgpt.data.corpora import load_corpus
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.runs import run_dir
+from jaxgpt.runs.files import json_text
+from jaxgpt.runs.status import FORMAT, DataRecord
 
 # Begins the run in a folder, says so, and waits.
 HOLDER = """
@@ -26,6 +29,9 @@ run = run_dir.create(folder, TrainConfig(), ByteTokenizer(), load_corpus(f"file:
 print("locked", flush=True)
 sys.stdin.read()
 """
+
+
+HUB = f"hf:a/b:c@{'0123456789' * 4}"
 
 
 @pytest.fixture
@@ -71,10 +77,31 @@ def test_another_process_holds_the_folder_until_it_is_killed(create, text_file, 
 
 def test_a_new_folder_is_named_by_dataset_kind_and_time(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for dataset, name in (("tinyshakespeare", "tinyshakespeare"), ("file:/a/my words.txt", "my_words")):
+    for dataset, name in (("tinyshakespeare", "tinyshakespeare"), ("file:/a/my words.txt", "my_words"), (HUB, "b_c")):
         path = run_dir.default_run_dir(dataset, "minigpt")
         assert path.parent.name == "runs"
         assert path.name.startswith(f"{name}-minigpt-20")
+
+
+@pytest.mark.parametrize(
+    "recorded, given, chosen",
+    [
+        ("b", "a, b", "b"),
+        ("b", "a,c", "a,c"),
+        (HUB, "hf:a/b:c", HUB),
+        (HUB, "x,hf:a/b:c", HUB),
+        (HUB, HUB, HUB),
+        (HUB, "hf:a/b", "hf:a/b"),
+        ("hf:/x@y", "hf:/x", "hf:/x"),
+        (None, "a,b", "a,b"),
+    ],
+)
+def test_a_run_goes_on_with_the_dataset_and_the_commit_that_it_began_with(tmp_path, recorded, given, chosen):
+    if recorded:
+        record = DataRecord(recorded, "0" * 64, "", (), None, FORMAT)
+        (tmp_path / "data.json").write_text(json_text(msgspec.to_builtins(record)))
+    assert run_dir.recorded_choice(tmp_path, given) == chosen
+    assert run_dir.recorded_choice(None, given) == given
 
 
 def test_a_new_folder_does_not_exist_yet(monkeypatch, tmp_path):
