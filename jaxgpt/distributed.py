@@ -7,7 +7,6 @@ the others never join: the functions here make it so. With one process they comm
 """
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgpt import strict_json
 from jaxgpt.config import ProcessLayout
 from jaxgpt.errors import DamagedRun, UserError
 from jaxgpt.versions import versions
@@ -147,11 +147,11 @@ def broadcast(value: Value) -> Value:
     """The value of process 0, which can be written as JSON. All processes call it together."""
     if not is_distributed():
         return value
-    content = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    content = np.frombuffer(strict_json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.zeros(1 << max(0, size - 1).bit_length(), np.uint8)  # few sizes: each is a program to compile
     padded[: len(content)] = content
-    return json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
+    return strict_json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
 
 
 def on_first(function: Callable[[], Value]) -> Value | None:
