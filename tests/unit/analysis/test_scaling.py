@@ -120,8 +120,9 @@ def test_the_state_and_the_collectives_of_eight_devices_as_compiled():
         assert found[mesh]["state"] == expected.state + 4 * 4, (
             mesh
         )  # two steps, the optimizer's count, the number of steps
-        # XLA's CPU backend finds that both gathers of a block's parameters give the same, and keeps one.
-        assert found[mesh].get("all-gather", 0) == expected.all_gather - sharded * 4 * n_of_blocks, mesh
+        # XLA's CPU backend may find that both gathers of a block's parameters give the same, and keep one.
+        once = expected.all_gather - sharded * 4 * n_of_blocks
+        assert found[mesh].get("all-gather", 0) in (expected.all_gather, once), mesh
         assert found[mesh].get("reduce-scatter", 0) == expected.reduce_scatter, mesh
         assert found[mesh]["all-reduce"] == expected.all_reduce + SCALARS[sharded], mesh
     assert footprint_of(objective, "fsdp=8", 8).state < footprint_of(objective, "data=8", 8).state / 6
