@@ -326,7 +326,7 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
     dataset: str = "ag_news"
     """ag_news, hf:NAME[:CONFIG], or file:PATH (.csv, .jsonl, .parquet)."""
     test_dataset: str | None = None
-    """The texts to test on, file:PATH (default: the data's own test split, else a fifth of it, always the same)."""
+    """The texts to test on: file:PATH (default: the data's own test split, else a fifth of it, always the same)."""
     text_column: str | None = None
     """Of rows, the column that holds the texts, or several, a,b, that are joined (default: text)."""
     label_column: str | None = None

@@ -83,10 +83,11 @@ def _initialize(layout: ProcessLayout) -> None:
             heartbeat_timeout_seconds=layout.heartbeat_timeout,
         )
     except (ValueError, RuntimeError, OSError) as e:
-        raise UserError(
-            f"--distributed: JAX cannot join the processes ({(str(e).splitlines() or [''])[0][:160]}); give "
-            "--coordinator HOST:PORT, --num-processes and --process-id"
-        ) from None
+        remedy = "give --coordinator HOST:PORT, --num-processes and --process-id"
+        if layout.coordinator:
+            remedy = f"see that no other program listens at {layout.coordinator}, or name another port"
+        why = (str(e).splitlines() or [""])[0][:160]
+        raise UserError(f"--distributed: JAX cannot join the processes ({why}); {remedy}") from None
     finally:
         watchdog.cancel()
 
