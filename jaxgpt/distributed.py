@@ -8,6 +8,7 @@ the others never join: the functions here make it so. With one process they comm
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxgpt import strict_json
 from jaxgpt.config import ProcessLayout
-from jaxgpt.errors import DamagedRun, UserError
+from jaxgpt.errors import DamagedRun, UserError, flag
 from jaxgpt.versions import versions
 
 Value = TypeVar("Value")
@@ -52,8 +53,8 @@ def joined(layout: ProcessLayout) -> Iterator[None]:
         if not is_lost_process(e):
             raise
         raise UserError(
-            f"--distributed: another process of this training has ended ({(str(e).splitlines() or [''])[0][:160]}); "
-            "start all of them again with the same command: they go on from the last checkpoint"
+            f"--distributed: a collective has failed, as when another process ends ({_first_line(e)}); see what the "
+            "others print, and start all of them again with the same command: they go on from the last checkpoint"
         ) from e
 
 
@@ -74,6 +75,7 @@ def _initialize(layout: ProcessLayout) -> None:
     watchdog = threading.Timer(layout.join_timeout, too_late)
     watchdog.daemon = True
     watchdog.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor would Ctrl-C, by Python's own handler
     try:
         jax.distributed.initialize(
             layout.coordinator or None,
@@ -86,10 +88,29 @@ def _initialize(layout: ProcessLayout) -> None:
         remedy = "give --coordinator HOST:PORT, --num-processes and --process-id"
         if layout.coordinator:
             remedy = f"see that no other program listens at {layout.coordinator}, or name another port"
-        why = (str(e).splitlines() or [""])[0][:160]
-        raise UserError(f"--distributed: JAX cannot join the processes ({why}); {remedy}") from None
+        raise UserError(f"--distributed: JAX cannot join the processes ({_first_line(e)}); {remedy}") from None
     finally:
         watchdog.cancel()
+        signal.signal(signal.SIGINT, handler)
+    if os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1" or (
+        os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    ):
+        # JAX gives each process of SLURM and Open MPI one GPU, also where there is one process on a host.
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:160]
+
+
+def connect() -> None:
+    """The first collective, by which the processes' devices connect: on CPUs gloo waits for all no longer than 30 s.
+
+    So it comes before what takes one process longer than another, as tokenizing does.
+    """
+    if is_distributed():
+        multihost_utils.sync_global_devices("connect")
 
 
 def exit_with_error(code: int) -> None:
@@ -117,8 +138,17 @@ def require_same_devices() -> None:
     for name, version in here.items():
         if name != "python" and there.get(name) != version:
             raise UserError(
-                f"--process-id {jax.process_index()}: has {name} {version}, and process 0 {there.get(name)}; install "
-                "the same versions everywhere"
+                f"process {jax.process_index()} has {name} {version}, and process 0 {there.get(name)}; install the "
+                "same versions everywhere"
+            )
+
+
+def require_same(values: dict[str, str]) -> None:
+    """Raises `UserError` unless flags, by name, have the values that they have in process 0."""
+    for name, value in broadcast(values).items():
+        if values[name] != value:
+            raise UserError(
+                f"{flag(name)} {values[name]}: process 0 has {value or 'none'}; start all processes with the same"
             )
 
 
@@ -179,9 +209,3 @@ def on_first(function: Callable[[], Value]) -> Value | None:
         damaged, message = told
         raise (DamagedRun if damaged else UserError)(f"process 0: {message}")
     return value
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes have come here."""
-    if is_distributed():
-        multihost_utils.sync_global_devices(name)

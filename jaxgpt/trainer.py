@@ -112,7 +112,7 @@ def run_training(
         f"stopped after {trainer.done} of {run.config.steps} steps, all saved; "
         f"the same command with --out-dir {run.path} goes on"
     )
-    return exit_code(trainer.stopped_by)
+    return exit_code([*trainer.stopped_by, *stop, *warnings])
 
 
 @contextlib.contextmanager
@@ -287,7 +287,9 @@ class Trainer:
         if self.policy.on_warning_signal == "stop":
             stopped += warned
         self.stopped_by = stopped
-        return bool(stopped or rows[:, 2].any()), warned
+        if rows[:, 2].any():
+            self.lost_output = self.lost_output or OutputError("process 0 cannot write to its standard output any more")
+        return bool(stopped or self.lost_output), warned
 
     def _save_and_go_on(self, warnings: Sequence[int]) -> None:
         """Saves for warning signals."""

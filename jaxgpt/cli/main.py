@@ -8,6 +8,7 @@ import difflib  # noqa: E402
 import importlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 from jaxgpt import __version__  # noqa: E402
@@ -47,12 +48,17 @@ def run(args: list[str]) -> int:
 
 
 def _run_and_exit(args: list[str]) -> NoReturn:
+    code = 1  # of an exception that nothing else reports
     try:
         code = run(args)
     except KeyboardInterrupt:  # before training has begun, or a second one
         print_error("interrupted", INTERRUPTED)
         os._exit(INTERRUPTED)  # at once: without waiting for threads
-    if 0 < code < 128 and (distributed := sys.modules.get("jaxgpt.distributed")):
+    except Exception:
+        if "jaxgpt.distributed" not in sys.modules:
+            raise
+        traceback.print_exc()
+    if code in (1, 2, 3, 4, 141) and (distributed := sys.modules.get("jaxgpt.distributed")):
         distributed.exit_with_error(code)
     sys.exit(code)
 

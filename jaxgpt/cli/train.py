@@ -18,6 +18,7 @@ def main(args: list[str], started: float | None = None) -> int:
 
         with distributed.joined(flags):
             parallel.use_cores_as_devices()  # before JAX is asked for the number of this process
+            distributed.connect()
             return _train(flags, started, prints=distributed.is_first())
 
 

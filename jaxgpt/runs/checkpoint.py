@@ -124,9 +124,14 @@ class Checkpoints:
         with _reported_as_user_error(self.folder, "could not be written"):
             content = distributed.on_first(lambda: self._content(step, val_loss, stopped_early))
             partial_path = self.path(step).with_name(f"{step}{PARTIAL}")
-            distributed.on_first(lambda: _make_empty(partial_path))
-            _write_arrays(partial_path, state)
-            distributed.on_first(lambda: content and self._complete(partial_path, content))
+            try:
+                distributed.on_first(lambda: _make_empty(partial_path))
+                _write_arrays(partial_path, state)
+                distributed.on_first(lambda: content and self._complete(partial_path, content))
+            except BaseException:
+                if self.run.writes:
+                    shutil.rmtree(partial_path, ignore_errors=True)
+                raise
         _return_free_memory()
 
     def wait(self) -> None:
@@ -295,7 +300,7 @@ class Checkpoints:
                 try:
                     state = self.restore(step, like(), records)
                 except DamagedRun as e:
-                    if not self.path(step).exists():
+                    if not distributed.broadcast(self.path(step).exists()):
                         break  # the run still trains, and has removed it for a later one
                     problems.append(str(e))
                 else:

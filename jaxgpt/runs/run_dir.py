@@ -245,13 +245,19 @@ def create_together(
     """
     path = Path(distributed.broadcast(str(path)))  # its default name holds the time
     run = distributed.on_first(lambda: create(path, config, tokenizer, corpus, overwrite))
-    finished = distributed.broadcast(run is not None and run.finished)
+    # Sent, not read from the folder: another host's file system may not show yet what has just been written.
+    own = {name: getattr(run, name) for name in ("identity", "has_manifests", "finished")} if run else {}
+    told, there, sha256 = distributed.broadcast((own, configs.to_json(config), corpus.sha256))
     if run is not None:
         return run
-    follower = RunDir(path, config, tokenizer, corpus.sha256, corpus.source, finished=finished, writes=False)
-    data, digests = _require_same(follower, None)
-    identity = digests | {"tokenizer.json": _tokenizer_digest(tokenizer.to_json())}
-    return replace(follower, identity=identity, has_manifests=data.format > 1)
+    fields = configs.differences(configs.from_json(there), config)
+    different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
+    different += [f"--dataset {config.dataset} with another text"] if sha256 != corpus.sha256 else []
+    if not different and told["identity"]["tokenizer.json"] != _tokenizer_digest(tokenizer.to_json()):
+        different = ["another vocabulary"]
+    if different:
+        raise UserError(f"process 0 trains something else ({'; '.join(different)}); start all with the same flags")
+    return RunDir(path, config, tokenizer, corpus.sha256, corpus.source, writes=False, **told)
 
 
 def create(

@@ -1,6 +1,7 @@
 """Language modeling: training on next tokens, and the loss over a whole split."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import parallel, rng
+from jaxgpt import distributed, parallel, rng
 from jaxgpt.analysis import diagnostics
 from jaxgpt.analysis.callbacks import PlotLearningCurves
 from jaxgpt.analysis.model_summary import summary
@@ -73,6 +74,7 @@ def train(
     """
     if loader == "device" and corpus.shards:
         raise UserError(f"--loader device: {corpus.name} comes in shards, which the host reads; leave it out")
+    distributed.require_same({"mesh": mesh, "loader": loader, **dataclasses.asdict(policy)})
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer
