@@ -107,6 +107,14 @@ def test_a_cut_or_missing_file_is_refused(folder):
         load(folder)
 
 
+def test_a_file_without_tokens_is_an_empty_shard(folder):
+    write_tokens(folder / "fineweb_train_000002.bin", [])
+    assert len(next(load(folder)[1].train_N.read(iter([(0, 1)]), 0)).tokens_N) == 0
+    write_tokens(folder / "fineweb_val_000000.bin", [])
+    with pytest.raises(UserError, match="too short"):
+        load(folder)
+
+
 def test_a_file_that_changes_while_it_trains_is_told(folder):
     _, data = load(folder)
     write_tokens(folder / "fineweb_train_000002.bin", np.zeros(101))
