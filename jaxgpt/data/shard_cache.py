@@ -219,7 +219,8 @@ class ShardMaker:
             except FileNotFoundError:
                 raise NotAvailable(f"{where} is gone; bring it back") from None
             if not self.work.files.repo or last:
-                raise UserError(f"{where} is another file than the list of the corpus has; bring that back")
+                remedy = "start again, to download it anew" if self.work.files.repo else "bring that back"
+                raise UserError(f"{where} is another file than the list of the corpus has; {remedy}")
             path.unlink()
         raise AssertionError("unreachable")
 
