@@ -14,7 +14,7 @@ from pyarrow import parquet
 from unit.data.samples import config_of, write_hub_folder
 
 from jaxgpt.data import shard_cache, shards
-from jaxgpt.data.corpora import load_corpus
+from jaxgpt.data.corpora import load_corpus, streaming_of_run
 from jaxgpt.data.files import NotAvailable
 from jaxgpt.data.sampler import ShardSampler
 from jaxgpt.data.shard_cache import ShardCache, ShardMaker
@@ -261,6 +261,13 @@ def test_other_datasets_are_not_streamed():
     with pytest.raises(UserError, match="--streaming always: pydoc is no dataset hf:NAME"):
         load_corpus("pydoc", None, print, streaming="always")
     assert load_corpus("pydoc", None, print, streaming="auto").shards is None
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_streaming(folder):
+    assert streaming_of_run("hf:a/b", "auto") == streaming_of_run("hf:a/b:c", "auto") == "never"
+    for name in (f"hf:a/b:c@{COMMIT}", f"hf:{folder}", "pydoc"):
+        assert streaming_of_run(name, "auto") == "auto"
+    assert streaming_of_run("hf:a/b", "always") == "always"
 
 
 def test_only_large_datasets_are_streamed_unasked(folder, monkeypatch):
