@@ -218,6 +218,8 @@ class ShardMaker:
                     return path
             except FileNotFoundError:
                 raise NotAvailable(f"{where} is gone; bring it back") from None
+            except OSError as e:
+                raise UserError(f"{where} cannot be read ({e.strerror}); give a readable file") from None
             if not self.work.files.repo or last:
                 remedy = "start again, to download it anew" if self.work.files.repo else "bring that back"
                 raise UserError(f"{where} is another file than the list of the corpus has; {remedy}")

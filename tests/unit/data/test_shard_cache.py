@@ -220,6 +220,9 @@ def test_a_file_that_changes_or_vanishes_is_told(folder):
     (folder / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(UserError, match="train-00001-of-00003.parquet is gone; bring it back"):
         first_epoch(shards)
+    os.mkfifo(folder / "train-00001-of-00003.parquet")
+    with pytest.raises(UserError, match="train-00001-of-00003.parquet cannot be read"):
+        first_epoch(shards)
 
 
 def test_a_full_disk_is_told(folder, monkeypatch):
