@@ -468,9 +468,9 @@ class ShardCache(TokenShards):
         """The first of the shards that are being made; makes room on the disk, but not of `files`."""
         shard, task = ahead.popleft()
         workers.wait(task)
-        tokens_N = self._open(workers, shard.file, shard.number)
+        tokens_N = self._open(workers, shard.file_number, shard.number)
         following = [other for other, _ in ahead]
-        self._remove_downloads({*files, *(other.file for other in following)})
+        self._remove_downloads({*files, *(other.file_number for other in following)})
         self._remove_old_tokens([shard, *following])
         return shard._replace(tokens_N=tokens_N)
 
@@ -505,7 +505,7 @@ class ShardCache(TokenShards):
 
     def _remove_old_tokens(self, needed: list[Shard]) -> None:
         """Removes the tokens read longest ago, so that those on the disk are `max_bytes` at most."""
-        needed_paths = {self.work.tokens(shard.file, shard.number) for shard in needed}
+        needed_paths = {self.work.tokens(shard.file_number, shard.number) for shard in needed}
         held_out = len(self.work.files.train) if self.work.files.validation else 0
         needed_paths.add(self.work.tokens(held_out, 0))
         found = []

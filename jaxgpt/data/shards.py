@@ -75,7 +75,7 @@ class Shard(NamedTuple):
     """A shard of tokens as it is read in an epoch: its file, its number in that file, and its tokens [N], mapped."""
 
     epoch: int
-    file: int
+    file_number: int
     number: int
     tokens_N: np.ndarray
 

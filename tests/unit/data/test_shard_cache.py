@@ -91,11 +91,11 @@ def test_the_shards_hold_each_token_once_and_the_first_validates(folder):
     shards = cache(folder)
     val_N = shards.validation()
     found = first_epoch(shards)
-    assert [(shard.file, shard.number) for shard in found] == [
+    assert [(shard.file_number, shard.number) for shard in found] == [
         (file, number) for file in range(3) for number in range(6) if (file, number) != (0, 0)
     ]
     for file in range(3):
-        tokens = [val_N] * (file == 0) + [shard.tokens_N for shard in found if shard.file == file]
+        tokens = [val_N] * (file == 0) + [shard.tokens_N for shard in found if shard.file_number == file]
         assert np.concatenate(tokens).tolist() == tokens_of(folder, file)
     counts = [shards.known_counts(file) for file in range(3)]
     assert [len(numbers) for numbers, _ in counts] == [5, 6, 6] and all(complete for _, complete in counts)
@@ -105,7 +105,7 @@ def test_the_shards_hold_each_token_once_and_the_first_validates(folder):
 def test_row_groups_share_a_shard_up_to_its_size(folder):
     shards = cache(folder, shard_bytes=2**20)
     shards.validation()
-    assert [(shard.file, shard.number) for shard in first_epoch(shards)] == [(1, 0), (2, 0)]
+    assert [(shard.file_number, shard.number) for shard in first_epoch(shards)] == [(1, 0), (2, 0)]
     assert shard_cache._row_groups_of_shards([5, 5, 5, 20, 1], 10) == [(0, 2), (2, 4), (4, 5)]
 
 
@@ -113,7 +113,7 @@ def test_texts_end_with_the_end_of_text_and_short_ones_are_left_out(folder, bpe)
     shards = cache(folder, bpe, min_chars=20)
     texts = parquet.read_table(folder / "train-00001-of-00003.parquet")["text"].to_pylist()
     expected = [i for text in texts if len(text) > 20 for i in (*bpe.encode(text), bpe.end_of_text)]
-    found = np.concatenate([shard.tokens_N for shard in first_epoch(shards) if shard.file == 1])
+    found = np.concatenate([shard.tokens_N for shard in first_epoch(shards) if shard.file_number == 1])
     assert found.tolist() == expected and len(expected) < sum(len(bpe.encode(text)) + 1 for text in texts)
 
 
@@ -372,5 +372,5 @@ def test_processes_make_the_shards_and_one_that_is_killed_is_replaced(folder, mo
         found += [next(read) for _ in range(16)]
     finally:
         shards.close()
-    assert np.concatenate([shard.tokens_N for shard in found if shard.file == 2]).tolist() == expected[2]
+    assert np.concatenate([shard.tokens_N for shard in found if shard.file_number == 2]).tolist() == expected[2]
     assert not multiprocessing.active_children()
