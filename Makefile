@@ -1,6 +1,6 @@
-# make train | test | test-all | parity | bench | docs | lint | env.  `make train ARGS="--steps 20"` passes flags on.
+# make train | test | test-all | parity | bench | accelerator | docs | lint | env.  `make train ARGS="--steps 20"` passes flags on.
 .DEFAULT_GOAL := help
-.PHONY: help train parity test test-all env bench docs lint clean
+.PHONY: help train parity test test-all env bench accelerator docs lint clean
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,7 @@ help:
 	@echo 'make test-all  all tests: every mutant, kills at random moments, the commands of the docs'
 	@echo 'make parity    hold this machine against PyTorch, check by check (ARGS="--quick" for the core)'
 	@echo 'make bench     time a step against PyTorch on this machine'
+	@echo 'make accelerator   what a GPU or TPU can show: its tests, parity, speed and memory, in ten minutes'
 	@echo 'make docs      build the site into docs/_build/html'
 	@echo 'make lint      ruff, import contracts, pyright'
 	@echo 'make env       build the complete environment in $(VENV) and stop'
@@ -42,6 +43,9 @@ env: $(VENV)/.test $(VENV)/.lint
 
 bench: $(VENV)/.test
 	$(VENV)/bin/jaxgpt bench $(ARGS)
+
+accelerator: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks.accelerator $(ARGS)
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import strict_json
+from jaxgpt.analysis.targets import chip_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
-# Data sheets' dense bfloat16 rates, FLOP/s, by what the device's name holds (the SXM forms).
-DATA_SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 BEGIN, END = "<!-- measured: written by scripts/bench.py --docs -->", "<!-- end of what is measured -->"
 
 
@@ -115,12 +114,13 @@ def tables(kept: dict[str, Any]) -> str:
         parts.append(f"## {title}\n")
         timed = {preset: result for preset, result in presets.items() if "rows" in result}
         if timed:
-            parts.append(_table(_STEPS, [line for preset, result in timed.items() for line in _steps(preset, result)]))
+            lines = [line for preset, result in timed.items() for line in steps_rows(preset, result)]
+            parts.append(table(STEPS_HEAD, lines))
             parts.append("\n".join(f"- `{preset}`: {rates(result)}" for preset, result in timed.items()) + "\n")
         scaling = {preset: result["growth"] for preset, result in presets.items() if "growth" in result}
         if scaling:
             lines = [line for preset, found in scaling.items() for line in _scaling(preset, found)]
-            parts.append(_table(_SCALING, lines))
+            parts.append(table(_SCALING, lines))
         loops = [f"- `{preset}`: {loop_line(result['loop'])}" for preset, result in presets.items() if "loop" in result]
         if loops:
             parts.append("The trainer's loop over its bare step:\n")
@@ -128,7 +128,7 @@ def tables(kept: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-_STEPS = [
+STEPS_HEAD = [
     "configuration",
     "implementation",
     "ms per step (range)",
@@ -149,7 +149,8 @@ _SCALING = [
 ]
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
     return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]]) + "\n"
 
@@ -158,7 +159,8 @@ def _times(row: dict[str, Any]) -> str:
     return f"{row['ms_per_step']:.2f} ({row['ms_min']:.2f} to {row['ms_max']:.2f})"
 
 
-def _steps(preset: str, result: dict[str, Any]) -> Iterator[list[str]]:
+def steps_rows(preset: str, result: dict[str, Any]) -> Iterator[list[str]]:
+    """The rows of a configuration's measured implementations, under `STEPS_HEAD`."""
     for row in result["rows"]:
         ours = row["side"] == "ours"
         yield [
@@ -216,7 +218,11 @@ def rates(result: dict[str, Any]) -> str:
 
 def sheet_share(rate: float, machine: dict[str, str]) -> str:
     """The share of the data sheet's rate, where the device is known; else nothing."""
-    for word, sheet in DATA_SHEET.items():
-        if word in machine["device"] and machine["dtype"] == "bfloat16":
-            return f", {100 * rate / sheet:.0f} % of the data sheet"
-    return ""
+    share = share_of_peak(rate, machine)
+    return "" if share is None else f", {100 * share:.0f} % of the data sheet"
+
+
+def share_of_peak(rate: float, machine: dict[str, str]) -> float | None:
+    """A rate in FLOP/s over the peak of the device's data sheet; None for an unknown device, or in float32."""
+    chip = chip_of(machine["device"])
+    return rate / chip.device_flop_per_s if chip and machine["dtype"] == "bfloat16" else None

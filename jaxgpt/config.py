@@ -7,10 +7,11 @@ remedy. Nothing here imports jax or torch: `--help` is instant, and `torch_ref` 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from jaxgpt.errors import UserError, require, require_at_least, require_at_most, require_int32, require_seed
+from jaxgpt.errors import UserError, flag, require, require_at_least, require_at_most, require_int32, require_seed
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ class FinetuneConfig(OptimizerConfig, RunConfig):
     dataset: str = "ag_news"
     """ag_news, hf:NAME[:CONFIG], or file:PATH (.csv, .jsonl, .parquet)."""
     test_dataset: str | None = None
-    """The texts to test on, file:PATH (default: the data's own test split, else a fifth of it, always the same)."""
+    """The texts to test on: file:PATH (default: the data's own test split, else a fifth of it, always the same)."""
     text_column: str | None = None
     """Of rows, the column that holds the texts, or several, a,b, that are joined (default: text)."""
     label_column: str | None = None
@@ -381,6 +382,45 @@ class DeviceLayout:
     are sharded, too. An axis left out takes the rest (default: data alone)."""
 
 
+@dataclass(frozen=True)
+class ProcessLayout:
+    """How several processes train together. No part of a run's numbers, nor of config.json."""
+
+    distributed: bool = False
+    """Train together with other processes: one on each host of a TPU pod or GPU cluster. JAX finds them on SLURM,
+    Kubernetes, MPI and TPU pods; elsewhere the next three flags name them. All need the same --out-dir."""
+    coordinator: str = ""
+    """Where process 0 listens, HOST:PORT."""
+    num_processes: int = 0
+    """How many processes train together."""
+    process_id: int = -1
+    """Which of them this is, from 0 on."""
+    join_timeout: int = 300
+    """Seconds to wait for all processes to join."""
+    heartbeat_timeout: int = 100
+    """Seconds after which a process that does not answer counts as dead; then the others end, too."""
+
+    def check_processes(self) -> None:
+        """Raises `UserError` for flags that do not belong together, or a value out of its range."""
+        require_at_least(1, self, "join_timeout")
+        require_at_least(10, self, "heartbeat_timeout")
+        require_at_most(86400, self, "join_timeout", "heartbeat_timeout")
+        require_at_least(0, self, "num_processes")
+        examples = {"coordinator": "HOST:PORT", "num_processes": "N", "process_id": "I"}
+        by_hand = {name: getattr(self, name) for name in examples}
+        given = [name for name, value in by_hand.items() if value != getattr(ProcessLayout, name)]
+        if not given:
+            return
+        require(self.distributed, given[0], by_hand[given[0]], "names other processes; add --distributed")
+        for name, example in examples.items():
+            require(name in given, given[0], by_hand[given[0]], f"says not all; add {flag(name)} {example}")
+        host, _, port = self.coordinator.rpartition(":")
+        readable = host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+        require(bool(readable), "coordinator", self.coordinator, "cannot be read; give HOST:PORT, as 10.0.0.1:1234")
+        in_range = 0 <= self.process_id < self.num_processes
+        require(in_range, "process_id", self.process_id, f"give a number from 0 to {self.num_processes - 1}")
+
+
 MESH_AXES = ("data", "fsdp")
 
 
@@ -407,6 +447,11 @@ def mesh_shape(mesh: str, n_devices: int) -> tuple[int, int]:
             f"--mesh {mesh}: is not a mesh of the {n_devices} devices that there are; give one of so many, as {example}"
         )
     return shape
+
+
+def mesh_text(shape: Mapping[str, int]) -> str:
+    """A mesh by the sizes of its axes, as `mesh_shape` reads it: "data=4,fsdp=2"."""
+    return ",".join(f"{name}={size}" for name, size in shape.items())
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jaxgpt.config import FinetuneConfig, ModelConfig, TrainConfig
+from jaxgpt.config import FinetuneConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.environment import address_space_limit
 from jaxgpt.errors import UserError, flag
 from jaxgpt.objective import Objective
@@ -51,6 +52,11 @@ def count_params(model: ModelConfig, vocab_size: int, n_classes: int | None) -> 
     return ParamCounts(tables * vocab_size * C, model.block_size * C, model.n_layer * block, 2 * C + classifier)
 
 
+def n_moments(config: OptimizerConfig) -> int:
+    """How many arrays of the parameters' shape the optimizer keeps."""
+    return 2 if config.optimizer in ("adam", "adamw") else 1 if config.momentum else 0
+
+
 class MemoryNeed(NamedTuple):
     """The memory that a configuration takes at the least, in bytes: on each accelerator, or of a CPU on all devices."""
 
@@ -68,7 +74,9 @@ class MemoryNeed(NamedTuple):
         return f"{size_text(self.total)} of memory ({', '.join(f'{kind} {size_text(n)}' for kind, n in kinds)})"
 
 
-def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool, n_fsdp: int = 1) -> MemoryNeed:
+def memory_need(
+    objective: Objective, on_cpu: bool, n_devices: int, trains: bool, n_fsdp: int = 1, n_processes: int = 1
+) -> MemoryNeed:
     """A lower bound of the memory of a training step, or of the restored state alone.
 
     Parameters and optimizer state are exact, but for the optimizer's counters. Gradients: all of them where they must
@@ -81,14 +89,15 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
         on_cpu: the devices are a CPU's cores, which share its memory; each holds the whole state, or its shards of it.
         trains: count gradients and activations too.
         n_fsdp: over how many devices parameters, gradients and optimizer state are sharded.
+        n_processes: over how many processes, each on a machine of its own, the devices are divided.
     """
     config, numerics = objective.config, objective.numerics
     model: ModelConfig = config.model
     counts = count_params(model, objective.vocab_size, objective.n_classes)
     param_bytes, compute_bytes = np.dtype(numerics.param_dtype).itemsize, np.dtype(numerics.compute_dtype).itemsize
-    moments = 2 if config.optimizer in ("adam", "adamw") else 1 if config.momentum else 0
+    moments = n_moments(config)
     state = MemoryNeed(param_bytes * sum(counts), moments * param_bytes * sum(counts))
-    shared = max(n_devices, n_fsdp) if on_cpu else 1  # by how many devices one memory is
+    shared = max(1, max(n_devices, n_fsdp) // n_processes) if on_cpu else 1  # by how many devices one memory is
     if trains:
         rows, n_time = -(-config.batch_size // n_devices), config.n_time
         together = _rows_together(config, on_cpu, n_devices)
@@ -114,8 +123,9 @@ def memory_need(objective: Objective, on_cpu: bool, n_devices: int, trains: bool
 def require_memory(objective: Objective, devices: Sequence[Any], trains: bool, n_fsdp: int = 1) -> None:
     """Raises `UserError` if the state, or with `trains` a training step, cannot fit the devices' memory."""
     on_cpu = devices[0].platform == "cpu"
-    has = host_memory() if on_cpu else (devices[0].memory_stats() or {}).get("bytes_limit")
-    need = memory_need(objective, on_cpu, len(devices), trains, n_fsdp)
+    own = next((d for d in devices if d in jax.local_devices()), devices[0])  # another process's tells nothing
+    has = host_memory() if on_cpu else (own.memory_stats() or {}).get("bytes_limit")
+    need = memory_need(objective, on_cpu, len(devices), trains, n_fsdp, jax.process_count())
     if has is None or need.total <= has:
         return
     names = _causes(objective, need, _rows_together(objective.config, on_cpu, len(devices)))

@@ -18,7 +18,7 @@ from jax import Array
 from jaxgpt import rng
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.data import sampler
-from jaxgpt.data.sampler import PADDING, BatchSource, ExampleSource, TokenSource
+from jaxgpt.data.sampler import PADDING, BatchSource, ExampleSource, RowSource, TokenSource
 from jaxgpt.model.gpt import GPT, Gather, GPTClassifier, Numerics, Params, bind, init_params
 from jaxgpt.model.loss import cross_entropy, head_cross_entropy
 from jaxgpt.optimizer import make_optimizer
@@ -145,6 +145,8 @@ class LanguageModelingObjective(Objective):
         if isinstance(source, TokenSource):
             start_B = local_rows(source.start_KB[k])
             return sampler.inputs_and_targets(sampler.windows(source.tokens_N, start_B, self.config.model.block_size))
+        if isinstance(source, RowSource):  # divided already
+            return sampler.inputs_and_targets(source.window_KBT[k])
         return sampler.inputs_and_targets(local_rows(source.window_KBT[k]))
 
     def eval_batch(self, batch: tuple[Array, ...], local_rows: LocalRows = whole_batch) -> tuple[Array, Array, Array]:

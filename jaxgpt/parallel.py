@@ -1,10 +1,13 @@
-"""Data parallelism over local devices: `jit` with `shard_map`, or `pmap`. Nothing else knows devices.
+"""Data parallelism over devices: `jit` with `shard_map`, or `pmap`. Nothing else knows devices.
 
 The batch is divided: each device computes the sums over its own rows, and an all-reduce adds them up. The devices are a
 mesh of two axes, `data` and `fsdp`, and the rows are divided over both. Along `data` the state is replicated. Along
 `fsdp` each device holds a shard of the parameters, of their gradients and moments (fully sharded data parallelism, also
 known as ZeRO-3). It gathers a block's parameters when it computes the block, and a reduce-scatter adds up the
 gradients. All collectives are written out here, so the compiled program has no others.
+
+The devices of several processes (`distributed.py`) are one mesh, process by process, so that a process has rows of a
+batch that follow each other.
 
 What is compiled takes the number of steps as an argument, so one program serves every dispatch. A CPU's cores are
 devices, too: each takes its rows in microbatches that stay in its cache, instead of sharing every small operation with
@@ -28,11 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt import distributed
 from jaxgpt.compilation_cache import enable_compilation_cache
-from jaxgpt.config import MESH_AXES, FinetuneConfig, TrainConfig, mesh_shape
+from jaxgpt.config import MESH_AXES, FinetuneConfig, TrainConfig, mesh_shape, mesh_text
+from jaxgpt.data.loader import ProcessRows
+from jaxgpt.data.sampler import RowSource
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import AttentionImplementation
 from jaxgpt.model.gpt import Numerics
@@ -49,6 +56,7 @@ from jaxgpt.train_step import (
 
 DATA, FSDP = MESH_AXES
 ROWS = MESH_AXES  # those over which a batch's rows are divided
+ROW_SOURCE = PartitionSpec(None, ROWS)  # of the windows [K, B, T + 1] of a `RowSource`
 Axes = str | tuple[str, ...]
 
 
@@ -82,15 +90,20 @@ def configure_jax(config: TrainConfig | FinetuneConfig, cache_dir: Path) -> None
 
     They are the number of CPU devices, float64 if asked for, products in full precision, and the compilation cache.
     """
-    given: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    if not _cpu_devices_are_given() and given < 0:
-        with contextlib.suppress(RuntimeError):  # there are arrays already, as in a notebook: it stays at one device
-            jax.config.update("jax_num_cpu_devices", usable_cores())
+    use_cores_as_devices()
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # TF32 on GPU and bfloat16 passes on TPU are not float32; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
     enable_compilation_cache(cache_dir)
+
+
+def use_cores_as_devices() -> None:
+    """Makes each core of a CPU a device, unless the user says how many there are."""
+    given: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if not _cpu_devices_are_given() and given < 0:
+        with contextlib.suppress(RuntimeError):  # there are arrays already, as in a notebook: it stays at one device
+            jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
 def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numerics:
@@ -149,14 +162,23 @@ def usable_cores() -> int:
     return n_cores
 
 
+def all_devices() -> list[Any]:
+    """The devices of all processes, process by process."""
+    return sorted(jax.devices(), key=lambda device: device.process_index)
+
+
 def devices_for(objective: Objective) -> list[Any]:
-    """All local devices; of a CPU's cores as many as divide the batch, as far as that is faster."""
-    devices, config = jax.local_devices(), objective.config
+    """All devices; of a CPU's cores as many in each process as divide its rows, as far as that is faster."""
+    devices, config = all_devices(), objective.config
     if devices[0].platform != "cpu" or _cpu_devices_are_given():
         return devices
     n_params = sum(math.prod(p.shape) for p in objective.param_shapes.values())
-    n_rows = config.batch_size // config.grad_accum  # each device has its share of every microbatch
-    return devices[: CPU_TUNING.n_devices(n_params, n_rows, config.tokens_per_step, len(devices))]
+    # Each device has its share of every microbatch.
+    n_processes = jax.process_count()
+    n_rows, n_tokens = config.batch_size // config.grad_accum // n_processes, config.tokens_per_step // n_processes
+    of_process = np.array(devices).reshape(n_processes, -1)
+    n_local = CPU_TUNING.n_devices(n_params, max(n_rows, 1), n_tokens, of_process.shape[1])
+    return list(of_process[:, :n_local].flat)
 
 
 def one_device(objective: Objective | None = None) -> list[Any]:
@@ -173,8 +195,36 @@ def cores_or_one_device(objective: Objective) -> list[Any]:
 
 
 def on_one_device(tree: Any) -> Any:
-    """A state's arrays on the first device alone; what is computed from them is not computed on every device."""
-    return jax.device_put(tree, jax.local_devices()[0])
+    """A state's arrays on the first device alone; what is computed from them is not computed on every device.
+
+    Of several processes each gets all of them, on its own first device; they call it together.
+    """
+    return jax.device_put(on_host(tree), jax.local_devices()[0])
+
+
+def on_host(tree: Any) -> Any:
+    """A state's arrays whole on the host, if other processes have parts of them; else as they are."""
+
+    def whole(x: Any) -> Any:
+        if x.is_fully_addressable:
+            return x
+        return x.addressable_data(0) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def addressable_values(x: Any) -> list[np.ndarray]:
+    """The parts of an array that this process answers for, on the host; those of all processes are the array."""
+    if x.is_fully_addressable:
+        return [np.asarray(x)]
+    return [np.asarray(shard.data) for shard in x.addressable_shards if shard.replica_id == 0]
+
+
+def rows_of_process(mesh: Mesh, batch_size: int, process: int) -> slice:
+    """The rows of a batch that a process's devices have: they follow each other, as the devices do."""
+    at = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == process]
+    rows_each = batch_size // mesh.size
+    return slice(at[0] * rows_each, (at[-1] + 1) * rows_each)
 
 
 def shard_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
@@ -186,6 +236,24 @@ def shard_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
     if fsdp == 1 or len(shape) < 2 or not divisible:
         return None
     return max(divisible, key=lambda axis: (shape[axis], axis))
+
+
+def require_division(config: TrainConfig | FinetuneConfig, n_devices: int, of: str) -> None:
+    """Raises `UserError` if a batch does not divide by the devices, or their rows not into microbatches.
+
+    Args:
+        of: what has the devices, for the message.
+    """
+    if config.batch_size % n_devices:
+        raise UserError(
+            f"--batch-size {config.batch_size}: not divisible by the {n_devices} devices of {of}; choose a multiple "
+            f"of {n_devices}"
+        )
+    if config.batch_size % (n_devices * config.grad_accum):
+        raise UserError(
+            f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // n_devices} rows that each of "
+            f"the {n_devices} devices of {of} has; choose a divisor of that"
+        )
 
 
 class Executor:
@@ -202,17 +270,11 @@ class Executor:
     def __init__(self, objective: Objective, devices: list[Any] | None = None, mesh: str = ""):
         devices = devices if devices is not None else devices_for(objective)
         config = objective.config
-        if config.batch_size % len(devices):
-            raise UserError(
-                f"--batch-size {config.batch_size}: not divisible by the {len(devices)} devices of this machine; "
-                f"choose a multiple of {len(devices)}"
-            )
-        if config.batch_size % (len(devices) * config.grad_accum):
-            raise UserError(
-                f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // len(devices)} rows that "
-                f"each of {len(devices)} devices has; choose a divisor of that"
-            )
+        of = "all processes" if distributed.is_distributed() else "this machine"
+        require_division(config, len(devices), of)
         shape = mesh_shape(mesh, len(devices))
+        if distributed.is_distributed() and config.parallel == "pmap":
+            raise UserError("--parallel pmap: takes the devices of one process; leave it out with --distributed")
         if shape[1] > 1 and config.parallel == "pmap":
             raise UserError(f"--mesh {mesh}: --parallel pmap has no axis fsdp; leave out one of both")
         self.objective = objective
@@ -267,14 +329,13 @@ class Executor:
         """The devices for a person: "CPU", "2 x CPU", "8 x NVIDIA H100 80GB HBM3 (data=4,fsdp=2)"."""
         devices = list(self.mesh.devices.flat)
         kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
-        sharded = f" ({mesh})" if self.mesh.shape[FSDP] > 1 else ""
+        sharded = f" ({mesh_text(self.mesh.shape)})" if self.mesh.shape[FSDP] > 1 else ""
         return f"{self.mesh.size} x {kind}{sharded}" if self.mesh.size > 1 else kind
 
     @property
     def bytes_for_tokens(self) -> int:
         """How many bytes of tokens the devices keep: an eighth of an accelerator's memory, 256 MiB on a CPU in all."""
-        stats = self.mesh.devices.item(0).memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         return stats["bytes_limit"] // 8 if "bytes_limit" in stats else 2**28 // self.mesh.size
 
     def compiled(self, function: Callable, donate: bool = False) -> Callable:
@@ -290,7 +351,29 @@ class Executor:
 
     def put(self, tree: Any) -> Any:
         """The tree's arrays on the devices: of parameters and their moments the shards, all else whole on each."""
-        return jax.device_put(tree, self._shardings(tree))
+        shardings = self._shardings(tree)
+        if not distributed.is_distributed():
+            return jax.device_put(tree, shardings)
+
+        def put(x: Any, sharding: NamedSharding) -> Array:  # of each process's own copy, which is the same in all
+            values = np.asarray(x)
+            return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+        return jax.tree.map(put, tree, shardings)
+
+    @property
+    def process_rows(self) -> ProcessRows | None:
+        """The rows of a batch that this process reads; None if it has all devices."""
+        if not distributed.is_distributed():
+            return None
+        sharding = NamedSharding(self.mesh, ROW_SOURCE)
+
+        def source(window_KBT: np.ndarray) -> RowSource:
+            K, _, T = window_KBT.shape
+            shape = (K, self.config.batch_size, T)
+            return RowSource(jax.make_array_from_process_local_data(sharding, window_KBT, shape))
+
+        return ProcessRows(rows_of_process(self.mesh, self.config.batch_size, jax.process_index()), source)
 
     def init_state(self) -> TrainState:
         """The initial state on the devices. Not in one jit: compiling so many random draws together takes seconds."""
@@ -313,7 +396,7 @@ class Executor:
         if self.config.parallel == "jit":
             pool = ThreadPoolExecutor(1)
             lower = self._train_steps.lower
-            self._compiling = pool.submit(lambda: lower(self.abstract_state(), source, jnp.int32(0)).compile())
+            self._compiling = pool.submit(lambda: lower(self.abstract_state(), source, np.int32(0)).compile())
             pool.shutdown(wait=False)
 
     def train_steps(self, state: TrainState, source: Any, n_steps: int) -> tuple[TrainState, np.ndarray]:
@@ -326,7 +409,7 @@ class Executor:
         """
         if self._compiling is not None:
             self._train_steps, self._compiling = self._compiling.result(), None
-        state, metrics_KM = self._train_steps(state, source, jnp.int32(n_steps))
+        state, metrics_KM = self._train_steps(state, source, np.int32(n_steps))
         return state, np.asarray(metrics_KM)[:n_steps]
 
     def lower_train_steps(self, source: Any) -> Any:
@@ -462,7 +545,8 @@ def _jit(
     """One program for all devices, each with its index in the mesh.
 
     Args:
-        first, out: the partitions of the function's first argument and of its result; the other arguments are whole.
+        first, out: the partitions of the function's first argument and of its result; of the others, the windows of a
+            `RowSource` are divided by rows, and all else is whole.
         shard_axes: as of `_step_context`.
     """
     single = mesh.size == 1
@@ -471,13 +555,15 @@ def _jit(
         context = SINGLE_DEVICE if single else _step_context(mesh, lax.axis_index(ROWS), ROWS, shard_axes)
         return function(first, *rest, context)
 
-    if not single:
-        # check_vma would insert all-reduces of its own into the gradients of replicated arrays: ours are written out.
-        in_specs = (first, PartitionSpec())
-        on_device = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+    first_spec = first
 
     def program(first, *rest):
-        return on_device(first, rest)
+        if single:
+            return on_device(first, rest)
+        in_specs = (first_spec, tuple(ROW_SOURCE if isinstance(x, RowSource) else PartitionSpec() for x in rest))
+        # check_vma would insert all-reduces of its own into the gradients of replicated arrays: ours are written out.
+        mapped = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=False)
+        return mapped(first, rest)
 
     shardings = jax.tree.map(partial(NamedSharding, mesh), out)
     return jax.jit(program, donate_argnums=0 if donate else (), out_shardings=shardings)

@@ -15,15 +15,21 @@ class ProgressDisplay(Callback):
     """Displays a training run. `line` works at any time; `on_train_begin` starts the bar and `close` removes it.
 
     Where standard output cannot be written, `line` raises `BrokenPipeError` or `OutputError`, once.
+
+    Args:
+        prints: if False, it displays nothing: of several processes one speaks for all.
     """
 
-    def __init__(self):
+    def __init__(self, prints: bool = True):
+        self._prints = prints
         self._bar = None
         self._last_line = time.monotonic()
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         self._last_line = time.monotonic()
+        if not self._prints:
+            return
         with output_errors():
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
@@ -32,7 +38,7 @@ class ProgressDisplay(Callback):
 
     def on_train_begin(self, step: int, n_steps: int) -> None:
         self._total = n_steps
-        if not sys.stdout.isatty():
+        if not (self._prints and sys.stdout.isatty()):
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

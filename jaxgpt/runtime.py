@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import parallel
+from jaxgpt import distributed, parallel
 from jaxgpt.config import FinetuneConfig, TrainConfig, mesh_shape
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import cache_folder
@@ -65,7 +65,7 @@ def build_executor(
     trains: bool = False,
     mesh: str = "",
 ) -> Executor:
-    """The objective of a configuration, compiled for devices of this machine.
+    """The objective of a configuration, compiled for the devices of this machine, or of all processes.
 
     Args:
         devices: which ones; by default all that a training would take.
@@ -76,9 +76,10 @@ def build_executor(
         UserError: the batch does not divide by the devices, they are no such mesh, or their memory is too small.
     """
     objective = build_objective(config, tokenizer, labels)
-    n_fsdp = mesh_shape(mesh, jax.local_device_count())[1] if mesh else 1
+    distributed.require_same_devices()
+    n_fsdp = mesh_shape(mesh, jax.device_count())[1] if mesh else 1
     require_memory(objective, jax.local_devices()[:1], trains=False, n_fsdp=n_fsdp)  # before the first trace
-    chosen = jax.local_devices() if mesh else devices(objective)
+    chosen = parallel.all_devices() if mesh else devices(objective)
     require_memory(objective, chosen, trains, n_fsdp)
     return Executor(objective, chosen, mesh)
 

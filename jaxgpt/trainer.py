@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxgpt import distributed, parallel
 from jaxgpt.callbacks import Callback
 from jaxgpt.config import FaultPolicy
 from jaxgpt.data.loader import Loader
@@ -111,7 +112,7 @@ def run_training(
         f"stopped after {trainer.done} of {run.config.steps} steps, all saved; "
         f"the same command with --out-dir {run.path} goes on"
     )
-    return exit_code([*stop, *warnings])
+    return exit_code(trainer.stopped_by)
 
 
 @contextlib.contextmanager
@@ -157,6 +158,7 @@ class Trainer:
         self.run, self.config, self.executor, self.say = run, run.config, executor, say
         self.policy = policy
         self.lost_output: BrokenPipeError | OutputError | None = None  # the error, once a line could not be printed
+        self.stopped_by: list[int] = []  # the signals for which training has stopped
         self.task, self._first_state = task, first_state
         self.callbacks = [*callbacks, *task.callbacks]
         self._periodic = [callback for callback in self.callbacks if callback.every]
@@ -168,7 +170,7 @@ class Trainer:
         self._learning_rate = math.nan  # of the last step
         self._save_failed = False  # the last one that was tried
         self._measured: float | None = None  # its validation loss
-        reports = run.read_metrics()
+        reports = distributed.broadcast(distributed.on_first(run.read_metrics)) or []
         self.val_losses = [report["val_loss"] for report in reports]
         self.tokens_per_s = reports[-1]["tokens_per_s"] if reports else 0.0
         self.started = started - (reports[-1]["elapsed_s"] if reports else 0.0)
@@ -191,7 +193,7 @@ class Trainer:
         """Dispatches steps until the last one, or until it is to stop; saves before it returns.
 
         Args:
-            stop, warnings: the signals received so far. Warnings that do not stop the training are taken out.
+            stop, warnings: the signals that this process has received so far. The warnings handled are taken out.
         """
         config = self.config
         if not self.complete:
@@ -199,7 +201,14 @@ class Trainer:
         self._call("on_train_begin", self.done, config.steps)
         seconds_all = seconds = 0.0  # of dispatches: in this process, and since the last report
         done_first = done_reported = self.done
-        while not self.complete and not self._is_to_stop(stop, warnings):
+        while not self.complete:
+            n_warnings = len(warnings)  # one that arrives after this is for the next round
+            is_to_stop, warned = self._agree(stop, warnings[:n_warnings])
+            if warned and not is_to_stop and self.done > done_first:
+                self._save_and_go_on(warned)
+                del warnings[:n_warnings]
+            if is_to_stop:
+                break
             self._call_periodic()
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
@@ -220,8 +229,6 @@ class Trainer:
             # The state at an early stop is saved too: a run killed after it has nothing to train again.
             if self._is_due(config.checkpoint_every) or val_loss < best or self.stopped_early:
                 self._save(val_loss)
-            if warnings and not self._is_to_stop(stop, warnings):
-                self._save_and_go_on(warnings)
         if not self.complete and self.done > done_first:
             self._save()
         for callback in self._periodic:
@@ -249,7 +256,7 @@ class Trainer:
             "versions": versions(),
             "data_sha256": run.data_sha256,
         }
-        files.write_json(run.path / "summary.json", summary)
+        run.write_text("summary.json", files.json_text(summary))
         run.finish(self.done)
         self.say(text)
         self.say(
@@ -268,13 +275,23 @@ class Trainer:
         except (BrokenPipeError, OutputError) as e:
             self.lost_output = self.lost_output or e
 
-    def _is_to_stop(self, stop: list[int], warnings: list[int]) -> bool:
-        warned = warnings and self.policy.on_warning_signal == "stop"
-        return bool(stop or warned or self.lost_output)
+    def _agree(self, stop: Sequence[int], warnings: Sequence[int]) -> tuple[bool, list[int]]:
+        """What all processes do next: whether they stop here, and the warning signals that any has received.
 
-    def _save_and_go_on(self, warnings: list[int]) -> None:
-        """Saves for the warnings received so far; one that arrives meanwhile is for the next call."""
-        names = " and ".join(signal.Signals(warnings.pop(0)).name for _ in range(len(warnings)))
+        A signal to one of them is one to all. They dispatch as many steps as the slowest measured.
+        """
+        received = [sum(1 << number for number in set(signals)) for signals in (stop, warnings)]  # as bits
+        rows = distributed.all_gather([*received, self.lost_output is not None, self._steps_per_dispatch])
+        stopped, warned = ([n for n in range(32) if np.bitwise_or.reduce(rows[:, i]) >> n & 1] for i in (0, 1))
+        self._steps_per_dispatch = int(rows[:, 3].min())
+        if self.policy.on_warning_signal == "stop":
+            stopped += warned
+        self.stopped_by = stopped
+        return bool(stopped or rows[:, 2].any()), warned
+
+    def _save_and_go_on(self, warnings: Sequence[int]) -> None:
+        """Saves for warning signals."""
+        names = " and ".join(signal.Signals(number).name for number in warnings)
         self._save()
         if not self._save_failed and self._tried(self.checkpoints.wait):
             line = f"{names}: saved after {self.done} of {self.config.steps} steps; training goes on"
@@ -294,19 +311,23 @@ class Trainer:
         if state is None:
             # Only here: a restore may find that there is nothing left to train, or nothing it can read.
             self.executor.compile_ahead(self.task.loader.take(0, 0))
-            self.run.rewind(0, None)
+            distributed.on_first(lambda: self.run.rewind(0, None))
             return self._first_state()
         step = int(state.step)
         self.say(f"resuming after {step} of {self.config.steps} steps")
+        distributed.on_first(lambda: self._rewind(step))
+        return state
+
+    def _rewind(self, step: int) -> None:
+        """Leaves in the run's folder what belongs to the state after `step` updates, and to those before it."""
         self.checkpoints.go_on_from(step, self.say)
         written = self.checkpoints.manifest(step)
         self.run.rewind(step, written.records if written else None)
-        return state
 
     def _restore_best(self) -> dict[str, Any]:
         """Makes the best checkpoint's state the run's result; returns what summary.json says of the early stop."""
         config = self.config
-        best = self.checkpoints.best_step()
+        best = distributed.broadcast(distributed.on_first(self.checkpoints.best_step))
         assert best is not None, "every improvement was saved"
         self.state = self.checkpoints.restore(best, self.executor.abstract_state())
         written = self.checkpoints.manifest(best)
@@ -450,11 +471,13 @@ class Trainer:
 
     def _require_finite_state(self) -> None:
         """Raises `LossNotFinite` with the first of the state's arrays that holds NaN or infinity."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.state):
-            # On the host, to which the save copies the state anyway: a program for it would take a second to compile.
-            if not _all_finite(np.asarray(leaf)):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise self._not_finite(f"step {self.done - 1}: {name} is not finite after the update")
+        leaves = jax.tree_util.tree_leaves_with_path(self.state)
+        # On the host, to which the save copies the state anyway: a program for it would take a second to compile.
+        finite = (all(map(_all_finite, parallel.addressable_values(leaf))) for _, leaf in leaves)
+        here = next((i for i, all_finite in enumerate(finite) if not all_finite), len(leaves))
+        if (first := int(distributed.all_gather([here]).min())) < len(leaves):
+            name = jax.tree_util.keystr(leaves[first][0], simple=True, separator=".")
+            raise self._not_finite(f"step {self.done - 1}: {name} is not finite after the update")
 
     def _not_finite(self, what: str) -> LossNotFinite:
         self._tried(self.checkpoints.wait)

@@ -7,7 +7,7 @@ from parity_tests.suite import SUITE
 from parity_tests.tolerances import TOLERANCES
 
 # Some ten seconds each; the suite itself, which CI runs whole, holds them too.
-SLOW = ("classification", "gradient_report", "gpt2", "resume_across")
+SLOW = ("classification", "gradient_report", "gpt2", "resume_across", "trajectory_float32", "devices", "text")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SUITE.checks])

@@ -171,6 +171,10 @@ _TABLE: dict[tuple[str, str], Tolerance] = {
     ("GPU gradients", "float32, GPU"): Tolerance(2.0, None, _R_GRADIENTS),
     ("GPU logits", "bfloat16, GPU"): Tolerance(1.5, None, "the same casts, cuDNN's attention in place of ours"),
     ("GPU gradients", "bfloat16, GPU"): Tolerance(2.0, None, "the same casts, cuDNN's attention in place of ours"),
+    ("TPU logits", "float32, TPU"): Tolerance(1.5, None, _R_VALUES),
+    ("TPU gradients", "float32, TPU"): Tolerance(2.0, None, _R_GRADIENTS),
+    ("TPU logits", "bfloat16, TPU"): Tolerance(1.5, None, "the same casts, splash attention in place of ours"),
+    ("TPU gradients", "bfloat16, TPU"): Tolerance(2.0, None, "the same casts, splash attention in place of ours"),
     (RAISED, "any"): Tolerance(NOTHING_MAY_RAISE, 0.0, "nothing may raise"),
 }
 TOLERANCES = Tolerances(_TABLE)

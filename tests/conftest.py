@@ -129,8 +129,11 @@ def read_state(run: Path, step: int) -> dict:
     import jax
     import orbax.checkpoint as ocp
 
-    with jax.enable_x64(True), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(run.absolute() / "checkpoints" / str(step) / "default")
+    path = run.absolute() / "checkpoints" / str(step) / "default"
+    with jax.enable_x64(True), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, restore_args=as_numpy)  # whatever devices wrote it
 
 
 def recorded(out: Path) -> tuple[list, dict, dict]:

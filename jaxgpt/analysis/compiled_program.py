@@ -138,6 +138,7 @@ class Collective(NamedTuple):
     n_bytes: int  # on a device, each time
     flop_meanwhile: int = 0  # of the products that the schedule has between its start and its end
     bytes_meanwhile: int = 0  # that the kernels between them read and write
+    group_size: int | None = None  # devices among which it runs; None: the text does not tell, as for all of them
 
 
 class FlashAttention(NamedTuple):
@@ -283,7 +284,9 @@ class CompiledProgram:
                 flop = sum(product.flop for i in beside for product in self._products_of(computation, i))
                 traffic = 0 if instruction.opcode == "fusion" else sum(self._traffic(computation, i) for i in beside)
                 key = kind, candidate.attribute(r'chain_id="(\w+)"') or len(found)
-                before = found.get(key, Collective(kind, times, _payload(owner, candidate)))
+                before = found.get(
+                    key, Collective(kind, times, _payload(owner, candidate), group_size=_group_size(candidate))
+                )
                 found[key] = before._replace(
                     flop_meanwhile=before.flop_meanwhile + flop, bytes_meanwhile=before.bytes_meanwhile + traffic
                 )
@@ -481,6 +484,20 @@ def _payload(computation: Computation, instruction: Instruction) -> int:
         done = [user for user in computation.users(instruction.name) if user.opcode.endswith("-done")]
         return max([operands, *(sum(t.n_bytes for t in user.types) for user in done)])
     return max(operands, sum(t.n_bytes for t in instruction.types))
+
+
+def _group_size(instruction: Instruction) -> int | None:
+    """How many devices take part in a collective.
+
+    It is written as `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['data'=2,'fsdp'=2] {'fsdp'}`: two in each.
+    """
+    if size := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(size)
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([\w',]*)\}", instruction.attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes[2]))
+    group = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
+    return len(group.split(",")) if group else None
 
 
 def _until_done(computation: Computation, start: Instruction) -> list[Instruction]:

@@ -19,7 +19,7 @@ from jaxgpt import parallel
 from jaxgpt.analysis.compiled_program import CompiledProgram
 from jaxgpt.analysis.model_summary import lookup_tables
 from jaxgpt.analysis.targets import Chip, Target, assumed_cudnn
-from jaxgpt.config import TrainConfig, mesh_shape
+from jaxgpt.config import TrainConfig, mesh_shape, mesh_text
 from jaxgpt.data.sampler import WindowSource
 from jaxgpt.errors import UserError
 from jaxgpt.memory import size_text
@@ -46,7 +46,7 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         UserError: the batch does not divide by the target's devices, they are no such mesh, or the compiler refuses the
             topology.
     """
-    _require_division(config, target)
+    parallel.require_division(config, target.n_devices, target.name)
     compiled = target.compiler_is_installed
     devices = target.devices() if compiled else [target.stand_in]
     numerics = parallel.numerics(config, devices[0])
@@ -91,20 +91,6 @@ def make_plan(config: TrainConfig, vocab_size: int, target: Target, n_tokens: fl
         "estimated_cycles": program.estimated_cycles,
         "estimated": estimated,
     }
-
-
-def _require_division(config: TrainConfig, target: Target) -> None:
-    n = target.n_devices
-    if config.batch_size % n:
-        raise UserError(
-            f"--batch-size {config.batch_size}: not divisible by the {n} devices of {target.name}; choose a multiple "
-            f"of {n}"
-        )
-    if config.batch_size % (n * config.grad_accum):
-        raise UserError(
-            f"--grad-accum {config.grad_accum}: does not divide the {config.batch_size // n} rows that each of the "
-            f"{n} devices of {target.name} has; choose a divisor of that"
-        )
 
 
 def _source(config: TrainConfig) -> WindowSource:
@@ -195,7 +181,7 @@ def _chip(chip: Chip) -> dict[str, Any]:
     return {
         "name": chip.name,
         "memory_bytes": int(chip.device_bytes),
-        "flop_per_s": chip.flop_per_s / chip.cores,
+        "flop_per_s": chip.device_flop_per_s,
         "memory_bytes_per_s": chip.memory_bytes_per_s / chip.cores,
         "interconnect_bytes_per_s": chip.interconnect_bytes_per_s / chip.cores,
         "clock_hz": chip.clock_hz,
@@ -248,10 +234,11 @@ def _float32_products(program: CompiledProgram) -> dict[str, Any]:
 
 
 def _collectives(program: CompiledProgram) -> dict[str, int]:
-    """The bytes of a step on a device, by kind."""
+    """The bytes of a step on a device, by kind; those of a device alone, on an axis of size 1, move nothing."""
     found: Counter[str] = Counter()
     for collective in program.collectives:
-        found[collective.kind] += collective.times * collective.n_bytes
+        if collective.group_size != 1:
+            found[collective.kind] += collective.times * collective.n_bytes
     return dict(found)
 
 
@@ -280,11 +267,10 @@ def _estimate(
     known, libtpu's cycles; then the collectives, as far as nothing is computed beside them.
 
     libtpu has no cycles for kernels of Pallas. Those of attention are added at the matrix units' speed, of which heads
-    narrower than a unit use a part. An all-reduce sends each byte twice around a ring, the other collectives once; the
-    ring is that of all devices, also where a collective is of some.
+    narrower than a unit use a part. An all-reduce sends each byte twice around the ring of its devices, the other
+    collectives once.
     """
     chip = _chip(target.chip)
-    n = target.n_devices
     parts = {
         "flop_s": flop["compiled"] / chip["flop_per_s"],
         "memory_s": program.bytes_accessed / chip["memory_bytes_per_s"],
@@ -295,6 +281,7 @@ def _estimate(
         parts["cycles_s"] = program.estimated_cycles / chip["clock_hz"] + of_kernels
     collectives_s = exposed_s = 0.0
     for collective in program.collectives:
+        n = collective.group_size or target.n_devices
         sent = (2 if collective.kind == "all-reduce" else 1) * collective.n_bytes * (n - 1) / n
         takes = sent / chip["interconnect_bytes_per_s"]
         beside = max(
@@ -329,12 +316,12 @@ def text(plan: Mapping[str, Any], target: Target) -> str:
     n, size = plan["devices"], size_text(plan["chip"]["memory_bytes"])
     devices = f"{n} devices" if n > 1 else "1 device"
     if plan["mesh"]["fsdp"] > 1:
-        devices += " (" + ",".join(f"{name}={size}" for name, size in plan["mesh"].items()) + ")"
+        devices += f" ({mesh_text(plan['mesh'])})"
     lines = [f"{plan['preset']} on {target.name}: {devices} of {size}, batch {plan['batch_size']} ({versions})"]
     if plan["fits"] is None:
         lines.append(
             f"lowered only: without the compiler nothing is known of memory and time; install it with "
-            f'pip install "jaxgpt[{target.extra}]"'
+            f'pip install -e ".[{target.extra}]" in a checkout'
         )
     else:
         lines.append(_fits_line(plan))

@@ -51,6 +51,11 @@ class Chip:
     gpu: GpuDescription | None = None
 
     @property
+    def device_flop_per_s(self) -> float:
+        """A device's peak of dense bfloat16 products."""
+        return self.flop_per_s / self.cores
+
+    @property
     def device_bytes(self) -> float:
         """A device's memory."""
         return self.memory_bytes / self.cores
@@ -94,6 +99,25 @@ CHIPS = {
         ),
     )
 }
+
+
+# What JAX calls a TPU's devices, beside the names of GPUs in their descriptions.
+TPU_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device of this machine, by `jax.Device.device_kind`; None for a form that `CHIPS` does not have."""
+    names = {chip.gpu.name: chip.name for chip in CHIPS.values() if chip.gpu} | TPU_DEVICE_KINDS
+    return CHIPS[names[device_kind]] if device_kind in names else None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import jaxgpt
-from jaxgpt.config import DeviceLayout, FaultPolicy, TrainConfig
+from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ProcessLayout, TrainConfig
 from jaxgpt.environment import CheckedOutput, reason, require_device_count
-from jaxgpt.errors import DamagedRun, LossNotFinite, UserError
+from jaxgpt.errors import DamagedRun, LossNotFinite, UserError, require
 from jaxgpt.presets import PRESETS
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -26,11 +26,18 @@ Flags = TypeVar("Flags")
 
 
 @dataclass(frozen=True)
-class TrainFlags(FaultPolicy, DeviceLayout, TrainConfig):
-    """The flags of `jaxgpt train`: a run's configuration, devices, where to read and write, what to do about faults."""
+class BatchTokens:
+    """The flag that gives a batch in tokens."""
 
     batch_tokens: int = 0
-    """The batch in tokens, in place of --batch-size: a multiple of --model.block-size (0 = by --batch-size)."""
+    """The batch in tokens, in place of --batch-size: a multiple of a row's tokens, that is of --model.block-size, or
+    in fine-tuning of --max-tokens (0 = by --batch-size)."""
+
+
+@dataclass(frozen=True)
+class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainConfig):
+    """The flags of `jaxgpt train`: a run's configuration, devices, where to read and write, what to do about faults."""
+
     out_dir: Path | None = None
     """Run folder (default: runs/<dataset>-<preset>-<time>). A run of the same configuration there is resumed."""
     data_dir: Path | None = None
@@ -44,7 +51,11 @@ class TrainFlags(FaultPolicy, DeviceLayout, TrainConfig):
 
     def __post_init__(self):
         if self.batch_tokens:
-            object.__setattr__(self, "batch_size", _rows_of(self.batch_tokens, self))
+            object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
+        self.check_processes()
+        if self.distributed:
+            remedy = "a save that fails in one process ends all; leave it out with --distributed"
+            require(self.on_save_error == "stop", "on_save_error", self.on_save_error, remedy)
         super().__post_init__()
 
 
@@ -53,15 +64,16 @@ def config_of(flags: TrainConfig) -> TrainConfig:
     return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
-def _rows_of(batch_tokens: int, flags: TrainConfig) -> int:
+def rows_of(batch_tokens: int, flags: TrainConfig | FinetuneConfig) -> int:
     """The batch size that --batch-tokens gives. Raises `UserError` if there is none, or another one was given too."""
-    block_size, default = flags.model.block_size, PRESETS[flags.preset].batch_size
-    rows, rest = divmod(batch_tokens, block_size)
+    if isinstance(flags, FinetuneConfig):
+        time, default = "--max-tokens", FinetuneConfig.batch_size
+    else:
+        time, default = "--model.block-size", PRESETS[flags.preset].batch_size
+    rows, rest = divmod(batch_tokens, flags.n_time)
     if rows < 1 or rest:
-        near = max(1, round(batch_tokens / block_size)) * block_size
-        raise UserError(
-            f"--batch-tokens {batch_tokens}: no multiple of --model.block-size {block_size}; give one, as {near}"
-        )
+        near = max(1, round(batch_tokens / flags.n_time)) * flags.n_time
+        raise UserError(f"--batch-tokens {batch_tokens}: no multiple of {time} {flags.n_time}; give one, as {near}")
     if flags.batch_size not in (default, rows):
         raise UserError(f"--batch-tokens {batch_tokens}: --batch-size {flags.batch_size} is another; give one of both")
     return rows

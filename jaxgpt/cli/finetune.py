@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxgpt.cli.args import parse_flags
+from jaxgpt.cli.args import BatchTokens, parse_flags, rows_of
 from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ModelConfig
 from jaxgpt.signals import warning_signals
 
 
 @dataclass(frozen=True)
-class FinetuneFlags(FaultPolicy, DeviceLayout, FinetuneConfig):
+class FinetuneFlags(BatchTokens, FaultPolicy, DeviceLayout, FinetuneConfig):
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a language model's run: the classifier starts from its weights, and takes its model and tokenizer."""
     checkpoint: Literal["result", "last", "best"] = "result"
@@ -28,6 +28,11 @@ class FinetuneFlags(FaultPolicy, DeviceLayout, FinetuneConfig):
     # Not flags: these follow from RUN and the epochs.
     model: tyro.conf.Suppress[ModelConfig] = dataclasses.field(default_factory=lambda: ModelConfig(block_size=10**6))
     steps: tyro.conf.Suppress[int] = 0
+
+    def __post_init__(self):
+        if self.batch_tokens:
+            object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
+        super().__post_init__()
 
 
 def main(args: list[str], started: float | None = None) -> int:

@@ -52,6 +52,8 @@ def _run_and_exit(args: list[str]) -> NoReturn:
     except KeyboardInterrupt:  # before training has begun, or a second one
         print_error("interrupted", INTERRUPTED)
         os._exit(INTERRUPTED)  # at once: without waiting for threads
+    if 0 < code < 128 and (distributed := sys.modules.get("jaxgpt.distributed")):
+        distributed.exit_with_error(code)
     sys.exit(code)
 
 

@@ -12,16 +12,22 @@ def main(args: list[str], started: float | None = None) -> int:
     started = time.perf_counter() if started is None else started
     flags = parse_train_flags(args, __doc__, "jaxgpt train")
     with warning_signals():
-        return _train(flags, started)
+        if not flags.distributed:
+            return _train(flags, started)
+        from jaxgpt import distributed, parallel
+
+        with distributed.joined(flags):
+            parallel.use_cores_as_devices()  # before JAX is asked for the number of this process
+            return _train(flags, started, prints=distributed.is_first())
 
 
-def _train(flags: TrainFlags, started: float) -> int:
+def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
     # Imported here, and jax last: bad flags and missing data are reported without waiting for these imports.
     from jaxgpt.data.corpora import load_corpus, streaming_of_run
     from jaxgpt.progress import ProgressDisplay
     from jaxgpt.runs.run_dir import recorded_choice, recorded_dataset
 
-    display = ProgressDisplay()
+    display = ProgressDisplay(prints)
     spec = recorded_choice(flags.out_dir, flags.dataset)
     recorded = None if flags.overwrite else recorded_dataset(flags.out_dir)
     streaming = streaming_of_run(recorded, flags.streaming) if recorded else flags.streaming

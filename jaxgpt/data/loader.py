@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from jaxgpt.data.files import drop_mapped_pages
 from jaxgpt.data.sampler import (
     PADDING,
     BatchSampler,
+    BatchSource,
     ExampleSampler,
     ExampleSource,
+    RowSource,
     ShardSampler,
     TokenSource,
     WindowSource,
@@ -37,6 +39,13 @@ PREFETCH_BYTES = 2**25  # windows that wait in the queue
 MAX_HOST_STEPS = 128
 MAX_EXAMPLE_STEPS = 256
 POLL_SECONDS = 0.1  # how often the thread looks whether it should stop, while the queue is full
+
+
+class ProcessRows(NamedTuple):
+    """The rows of a batch that one of several processes reads."""
+
+    rows: slice
+    source: Callable[[np.ndarray], RowSource]  # the windows [K, rows, T + 1] -> all processes' windows
 
 
 class DeviceLoader:
@@ -69,23 +78,32 @@ class HostLoader:
 
     Args:
         tokens_N: the training split, in memory or in a memory-mapped file that is larger than it.
+        process_rows: of several processes, which rows of a batch this one reads, and what makes a source of them.
     """
 
-    def __init__(self, tokens_N: np.ndarray, batch_sampler: BatchSampler | ShardSampler):
+    def __init__(
+        self,
+        tokens_N: np.ndarray,
+        batch_sampler: BatchSampler | ShardSampler,
+        process_rows: ProcessRows | None = None,
+    ):
         self._tokens_N, self._sampler = tokens_N, batch_sampler
+        self._rows = process_rows.rows if process_rows else slice(0, batch_sampler.batch_size)
+        self._n_rows = self._rows.stop - self._rows.start
+        self._source: Callable[[np.ndarray], BatchSource] = process_rows.source if process_rows else WindowSource
         self._window_size = batch_sampler.block_size + 1
-        step_bytes = batch_sampler.batch_size * self._window_size * tokens_N.dtype.itemsize
+        step_bytes = self._n_rows * self._window_size * tokens_N.dtype.itemsize
         self.max_steps = max(1, min(MAX_HOST_STEPS, PREFETCH_BYTES // step_bytes))
         self._next_step = -1  # the first step in the queue; -1 while no thread fills it
         self._thread: threading.Thread | None = None
 
-    def take(self, step: int, n_steps: int) -> WindowSource:
+    def take(self, step: int, n_steps: int) -> BatchSource:
         """The batches of `n_steps` steps from `step` on, prefetched if these steps follow those of the last call.
 
         Raises:
             Exception: what the thread raised while it read the tokens.
         """
-        shape = (self.max_steps, self._sampler.batch_size, self._window_size)
+        shape = (self.max_steps, self._n_rows, self._window_size)
         window_KBT = np.zeros(shape, self._tokens_N.dtype.newbyteorder("="))
         if step != self._next_step:
             self._start(step)
@@ -96,7 +114,7 @@ class HostLoader:
                 raise item
             window_KBT[k] = item
         self._next_step = step + n_steps
-        return WindowSource(window_KBT)
+        return self._source(window_KBT)
 
     def close(self) -> None:
         """Stops the thread."""
@@ -118,7 +136,7 @@ class HostLoader:
     def _batches(self, step: int) -> Iterator[np.ndarray]:
         """The windows [B, T + 1] of each step from `step` on."""
         assert isinstance(self._sampler, BatchSampler)
-        batch_starts = (self._sampler.starts(s, 1)[0] for s in count(step))
+        batch_starts = (self._sampler.starts(s, 1)[0][self._rows] for s in count(step))
         return read_windows(self._tokens_N, batch_starts, self._sampler.block_size)
 
     def _fill(self, step: int, windows: queue.Queue, stop: threading.Event) -> None:
@@ -144,10 +162,12 @@ class ShardLoader(HostLoader):
 
     Args:
         shards: of the corpus; `close` closes them, too.
+        shard_sampler: which cuts the rows of this process alone.
+        process_rows: as of `HostLoader`.
     """
 
-    def __init__(self, shards: TokenShards, shard_sampler: ShardSampler):
-        super().__init__(np.zeros(0, shards.dtype), shard_sampler)
+    def __init__(self, shards: TokenShards, shard_sampler: ShardSampler, process_rows: ProcessRows | None = None):
+        super().__init__(np.zeros(0, shards.dtype), shard_sampler, process_rows)
         self._shards = shards
 
     def _batches(self, step: int) -> Iterator[np.ndarray]:
@@ -190,7 +210,12 @@ Loader = DeviceLoader | HostLoader | ExampleLoader
 
 
 def make_loader(
-    tokens_N: np.ndarray, batch_sampler: BatchSampler, put: Callable[[Any], Any], device_bytes: int, where: str
+    tokens_N: np.ndarray,
+    batch_sampler: BatchSampler,
+    put: Callable[[Any], Any],
+    device_bytes: int,
+    where: str,
+    process_rows: ProcessRows | None = None,
 ) -> DeviceLoader | HostLoader:
     """The loader for `--loader`.
 
@@ -198,13 +223,17 @@ def make_loader(
         tokens_N: the training split.
         put: places an array on the devices.
         device_bytes: the memory of a device that tokens may take.
-        where: "device", "host", or "auto": the device if the tokens fit there.
+        where: "device", "host", or "auto": the device if the tokens fit there, and this process has all rows.
+        process_rows: as of `HostLoader`.
 
     Raises:
         UserError: "device" is given, and there are more tokens than int32 can number.
     """
     if where == "auto":
-        where = "device" if tokens_N.nbytes <= device_bytes and len(tokens_N) < 2**31 else "host"
+        fits = tokens_N.nbytes <= device_bytes and len(tokens_N) < 2**31
+        where = "device" if fits and process_rows is None else "host"
     if where == "device" and len(tokens_N) >= 2**31:
         raise UserError(f"--loader device: {len(tokens_N):,} tokens are more than it can number; leave it out")
-    return DeviceLoader(tokens_N, batch_sampler, put) if where == "device" else HostLoader(tokens_N, batch_sampler)
+    if where == "device":
+        return DeviceLoader(tokens_N, batch_sampler, put)
+    return HostLoader(tokens_N, batch_sampler, process_rows)

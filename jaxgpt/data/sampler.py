@@ -46,6 +46,12 @@ class WindowSource(NamedTuple):
     window_KBT: Array | np.ndarray  # [K, B, T + 1]
 
 
+class RowSource(NamedTuple):
+    """The batches of K steps, as windows of which each device has its own rows alone."""
+
+    window_KBT: Array  # [K, B, T + 1], divided over the devices along B
+
+
 class ExampleSource(NamedTuple):
     """The batches of K steps, as rows of encoded texts and labels that lie on the device."""
 
@@ -54,7 +60,7 @@ class ExampleSource(NamedTuple):
     row_KB: Array  # int32; PADDING where a batch is not full
 
 
-BatchSource = TokenSource | WindowSource
+BatchSource = TokenSource | WindowSource | RowSource
 
 
 # ------------------------------------------------------------------------------------------------------------- training

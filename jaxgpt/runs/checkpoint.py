@@ -1,7 +1,8 @@
 """Checkpoints: a `TrainState` written by orbax, with a manifest of its files, and verified before it is read.
 
 A checkpoint is named by its number of updates. It does not depend on the devices that wrote it: it can be restored on
-any number of them. It is written under a temporary name: the arrays, then, when every file is on the disk, the
+any number of them. Of several processes, each writes and reads its own part of the arrays; process 0 does all else, and
+what it finds holds for all. It is written under a temporary name: the arrays, then, when every file is on the disk, the
 manifest, then its name. So a killed process, or a power loss, leaves no incomplete checkpoint under a final name.
 """
 
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxgpt import distributed
 from jaxgpt.data.files import PARTIAL
 from jaxgpt.errors import DamagedRun, UserError
 from jaxgpt.runs import files, manifest
@@ -56,11 +58,14 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1) if writes else None
         if writes:
-            with _reported_as_user_error(self.folder, "cannot be written"):
-                self.folder.mkdir(exist_ok=True)
-                for entry in list(self.folder.iterdir()):  # what a killed process left
-                    if "." in entry.name and FOLDERS["checkpoints"].fullmatch(entry.name):
-                        shutil.rmtree(entry)  # status.py has refused what is no folder
+            distributed.on_first(self._make_folder)
+
+    def _make_folder(self) -> None:
+        with _reported_as_user_error(self.folder, "cannot be written"):
+            self.folder.mkdir(exist_ok=True)
+            for entry in list(self.folder.iterdir()):  # what a killed process left
+                if "." in entry.name and FOLDERS["checkpoints"].fullmatch(entry.name):
+                    shutil.rmtree(entry)  # status.py has refused what is no folder
 
     def close(self) -> None:
         """Waits for a save in the background; its error has been, or is not to be, reported."""
@@ -89,12 +94,14 @@ class Checkpoints:
         """
         assert self._thread is not None
         self.wait()
-        step, known = int(state.step), self.steps()
+        step, known = int(state.step), distributed.broadcast(self.steps())
         if step in known:
             return
+        if distributed.is_distributed():
+            self._save_together(state, val_loss, stopped_early)
+            return
         with _reported_as_user_error(self.folder, "could not be written"):
-            self.run.flush()
-            content = Manifest(step, {}, self.run.identity, self.run.digest_records(), val_loss, stopped_early)
+            content = self._content(step, val_loss, stopped_early)
             if jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(state)) >= LARGE:
                 # In the background, a copy and the write buffers would add to the step's own memory, and the save would
                 # take as much time from the step's cores as it takes alone (docs/benchmarks.md).
@@ -106,6 +113,22 @@ class Checkpoints:
                 # From here on, recorded steps without a checkpoint tell that checkpoints were lost (status.py).
                 self.wait()
 
+    def _content(self, step: int, val_loss: float | None, stopped_early: bool) -> Manifest:
+        """The manifest of a checkpoint to be written, but for its files. The records are on the disk before it is."""
+        self.run.flush()
+        return Manifest(step, {}, self.run.identity, self.run.digest_records(), val_loss, stopped_early)
+
+    def _save_together(self, state: TrainState, val_loss: float | None, stopped_early: bool) -> None:
+        """Saves the state of several processes. Not in the background: a save has collectives, as the next step has."""
+        step = int(state.step)
+        with _reported_as_user_error(self.folder, "could not be written"):
+            content = distributed.on_first(lambda: self._content(step, val_loss, stopped_early))
+            partial_path = self.path(step).with_name(f"{step}{PARTIAL}")
+            distributed.on_first(lambda: _make_empty(partial_path))
+            _write_arrays(partial_path, state)
+            distributed.on_first(lambda: content and self._complete(partial_path, content))
+        _return_free_memory()
+
     def wait(self) -> None:
         """Waits until the save in the background is complete. Raises `UserError` if it could not be written."""
         saving, self._saving = self._saving, None
@@ -114,23 +137,24 @@ class Checkpoints:
                 saving.result()
 
     def _write(self, state: TrainState, content: Manifest) -> None:
-        path = self.path(content.step)
-        partial_path = path.with_name(path.name + PARTIAL)
+        partial_path = self.path(content.step).with_name(f"{content.step}{PARTIAL}")
         try:
-            shutil.rmtree(partial_path, ignore_errors=True)
-            partial_path.mkdir()
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-                writer.save((partial_path / ARRAYS).absolute(), args=ocp.args.StandardSave(state._asdict()))
-            names = _fsync_all(partial_path)
-            content = dataclasses.replace(content, files=manifest.digest_files(partial_path, names))
-            manifest.write(partial_path / manifest.NAME, content)
-            os.rename(partial_path, path)
-            files.fsync(self.folder)
+            _make_empty(partial_path)
+            _write_arrays(partial_path, state)
+            self._complete(partial_path, content)
         except BaseException:
             shutil.rmtree(partial_path, ignore_errors=True)
             raise
         finally:
             _return_free_memory()
+
+    def _complete(self, partial_path: Path, content: Manifest) -> None:
+        """Gives a checkpoint whose arrays are written its manifest, and then its name."""
+        names = _fsync_all(partial_path)
+        content = dataclasses.replace(content, files=manifest.digest_files(partial_path, names))
+        manifest.write(partial_path / manifest.NAME, content)
+        os.rename(partial_path, self.path(content.step))
+        files.fsync(self.folder)
         self._keep_up_to(content.step)
 
     def _keep_up_to(self, step: int) -> None:
@@ -225,6 +249,18 @@ class Checkpoints:
             DamagedRun: its files, or the run's, are not as they were written.
         """
         path = self.path(step)
+        distributed.on_first(lambda: self._verify(step, like, records))
+        with _reported_as_damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            state = TrainState(
+                **reader.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(like._asdict()))
+            )
+        if int(state.step) != step:
+            raise DamagedRun(f"{path} is damaged: it holds the state after {int(state.step)} steps")
+        return state
+
+    def _verify(self, step: int, like: TrainState, records: bool) -> None:
+        """Raises what `restore` does for a checkpoint that is not as it was written."""
+        path = self.path(step)
         if found := self.manifest(step):
             if changed := changed_file(found, self.run.identity):
                 raise DamagedRun(f"RUN {self.run.path}: {changed}; bring it back")
@@ -236,13 +272,6 @@ class Checkpoints:
             with _reported_as_damage(path), ocp.StandardCheckpointer() as reader:
                 saved = reader.metadata((path / ARRAYS).absolute()).item_metadata["params"]
             _require_shapes(path, saved, like)
-        with _reported_as_damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            state = TrainState(
-                **reader.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(like._asdict()))
-            )
-        if int(state.step) != step:
-            raise DamagedRun(f"{path} is damaged: it holds the state after {int(state.step)} steps")
-        return state
 
     def restore_last(
         self, like: Callable[[], TrainState], say: Callable[[str], None], records: bool = False
@@ -259,7 +288,7 @@ class Checkpoints:
             DamagedRun: none is sound.
         """
         for _ in range(ATTEMPTS):
-            steps, missing = self._listing()
+            steps, missing = distributed.broadcast(self._listing())
             newest_missing = [step for step in missing if not steps or step > steps[-1]]
             problems = [f"{self.path(step)} is missing" for step in newest_missing[-1:]]
             for step in reversed(steps):
@@ -294,6 +323,18 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError, Unreadable):  # from before there were manifests
             return files.read_json(self.path(step) / "metrics" / "metrics", dict[str, float]).get("val_loss")
         return None
+
+
+def _make_empty(folder: Path) -> None:
+    """Makes a folder in place of what has its name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _write_arrays(folder: Path, state: TrainState) -> None:
+    """Writes a state's arrays below a folder; several processes do it together, each its own part."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save((folder / ARRAYS).absolute(), args=ocp.args.StandardSave(state._asdict()))
 
 
 def _best(losses: dict[int, float | None]) -> int | None:
@@ -384,6 +425,8 @@ def _reported_as_user_error(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
+        if distributed.is_lost_process(e):
+            raise
         remedy = "make room there and start again: it goes on"
         full = re.search("No space left on device|File too large|Disk quota exceeded", str(e))
         reason = full[0] if full else _first_line(e)
@@ -402,7 +445,11 @@ def _reported_as_damage(path: Path) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{path}: out of memory; give the process more of it and start again") from None
     except Exception as e:
-        raise DamagedRun(f"{path} is damaged ({type(e).__name__}: {_first_line(e)})") from e
+        if distributed.is_lost_process(e):
+            raise
+        # Of several processes, one that cannot read its part must not try another checkpoint than the others.
+        kind = UserError if distributed.is_distributed() else DamagedRun
+        raise kind(f"{path} is damaged ({type(e).__name__}: {_first_line(e)})") from e
 
 
 def _first_line(e: Exception) -> str:

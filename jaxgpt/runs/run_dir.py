@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import strict_json
+from jaxgpt import distributed, strict_json
 from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.corpora import Corpus
@@ -68,6 +68,7 @@ class RunDir:
     finished: bool = False
     problem: str = ""  # what is wrong with its files that a resumption mends
     lock: filelock.BaseFileLock | None = field(default=None, compare=False, repr=False)  # of a run that trains here
+    writes: bool = True  # False in all but the first of several processes: what they would write is left out
 
     @property
     def checkpoints(self) -> Path:
@@ -90,6 +91,8 @@ class RunDir:
 
     def finish(self, step: int) -> None:
         """Writes the manifest of the finished run, after all else: its presence says that the run is complete."""
+        if not self.writes:
+            return
         names = [*RECORDS, "steps.csv", *RESULTS, *self._map_names()]
         digests = manifest.digest_files(self.path, names)
         self.write_manifest(step, checkpoint_steps(self.path), digests)
@@ -107,12 +110,18 @@ class RunDir:
 
     def discard(self) -> None:
         """Removes the files of a run that could not make its first step."""
-        _remove_run(self.path)
+        if self.writes:
+            _remove_run(self.path)
 
     def close(self) -> None:
         """Releases the folder: another process may train there. (The system releases it when the process ends.)"""
         if self.lock is not None:
             self.lock.release()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file of the result, completely or not at all."""
+        if self.writes:
+            files.write_text(self.path / name, text)
 
     # ---------------------------------------------------------------------------------------------------------- records
 
@@ -153,10 +162,13 @@ class RunDir:
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Appends a line to one of RECORDS; `record` holds the "step"."""
         assert name in RECORDS and "step" in record
-        files.append(self.path / name, strict_json.dumps(record) + "\n")
+        if self.writes:
+            files.append(self.path / name, strict_json.dumps(record) + "\n")
 
     def append_steps(self, rows: list[tuple[int, float, float, float]]) -> None:
         """Appends rows of (step, training loss, gradient norm, learning rate) to steps.csv."""
+        if not self.writes:
+            return
         path = self.path / "steps.csv"
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -165,6 +177,8 @@ class RunDir:
 
     def save_map(self, step: int, maps_LHTS: np.ndarray) -> None:
         """Writes the attention maps after `step` updates to attention/<step>.npy."""
+        if not self.writes:
+            return
         folder = self.path / "attention"
         folder.mkdir(exist_ok=True)
         with atomic_replace(folder / f"{step:08}.npy") as partial, partial.open("wb") as f:
@@ -219,6 +233,25 @@ class RunDir:
             self.path / "steps.csv",
             lambda line: line == header or (line.count(",") == 3 and int(line.split(",")[0]) < step),
         )
+
+
+def create_together(
+    path: Path, config: TrainConfig | FinetuneConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool
+) -> RunDir:
+    """`create`, by the first of several processes. The others open what it has created, and write nothing to it.
+
+    Raises:
+        UserError: as `create`; or this process has another configuration, data or vocabulary than the first.
+    """
+    path = Path(distributed.broadcast(str(path)))  # its default name holds the time
+    run = distributed.on_first(lambda: create(path, config, tokenizer, corpus, overwrite))
+    finished = distributed.broadcast(run is not None and run.finished)
+    if run is not None:
+        return run
+    follower = RunDir(path, config, tokenizer, corpus.sha256, corpus.source, finished=finished, writes=False)
+    data, digests = _require_same(follower, None)
+    identity = digests | {"tokenizer.json": _tokenizer_digest(tokenizer.to_json())}
+    return replace(follower, identity=identity, has_manifests=data.format > 1)
 
 
 def create(

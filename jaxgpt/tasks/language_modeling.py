@@ -16,7 +16,7 @@ from jaxgpt import parallel, rng
 from jaxgpt.analysis import diagnostics
 from jaxgpt.analysis.callbacks import PlotLearningCurves
 from jaxgpt.analysis.model_summary import summary
-from jaxgpt.callbacks import EveryN
+from jaxgpt.callbacks import Callback, EveryN
 from jaxgpt.config import FaultPolicy, SamplingConfig, TrainConfig
 from jaxgpt.data import sampler
 from jaxgpt.data.corpora import Corpus
@@ -31,7 +31,7 @@ from jaxgpt.model.sampling import generate
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.parallel import Executor
 from jaxgpt.progress import ProgressDisplay
-from jaxgpt.runs import files, run_dir
+from jaxgpt.runs import run_dir
 from jaxgpt.runs.run_dir import RunDir
 from jaxgpt.runtime import build_language_modeling
 from jaxgpt.train_step import TrainState
@@ -79,7 +79,7 @@ def train(
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     n_train = f"{len(data.train_N):,}" if isinstance(data.train_N, np.ndarray) else f"{data.train_N.n_files:,} files of"
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
-    with contextlib.closing(run_dir.create(folder, config, tokenizer, corpus, overwrite)) as run:
+    with contextlib.closing(run_dir.create_together(folder, config, tokenizer, corpus, overwrite)) as run:
         headline = (
             f"{config.preset} on {corpus.name} ({n_train} training and {len(data.val_N):,} validation "
             f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
@@ -112,25 +112,29 @@ class LanguageModelingTask(Task):
         config, self.say = run.config, say
         self.run, self.executor, self.prompt, self.val_N = run, executor, prompt, data.val_N
         self.title = f"{config.preset} on {REVISION.sub('', config.dataset).rsplit('/')[-1]}"
+        process_rows = executor.process_rows
         if isinstance(data.train_N, np.ndarray):
             batch_sampler = BatchSampler(config, len(data.train_N))
             self.steps_per_epoch = batch_sampler.steps_per_epoch
-            self.loader = make_loader(data.train_N, batch_sampler, executor.put, executor.bytes_for_tokens, loader)
+            placement = (executor.put, executor.bytes_for_tokens, loader, process_rows)
+            self.loader = make_loader(data.train_N, batch_sampler, *placement)
         else:  # how many steps an epoch has is known at its end
             self.steps_per_epoch = None
-            self.loader = ShardLoader(data.train_N, ShardSampler(config, data.train_N))
+            rows = process_rows.rows if process_rows else slice(None)
+            self.loader = ShardLoader(data.train_N, ShardSampler(config, data.train_N, rows), process_rows)
         self._val_starts = jax.jit(self._draw_val_starts)
         self._flow = executor.compiled(partial(diagnostics.gradient_flow, executor.objective))
         self.map_ids_T = np.asarray(data.val_N[: min(MAP_TOKENS, config.model.block_size)], np.int32)
         if config.within_documents:  # attention stays within one document, and so does a map
             ends = np.flatnonzero(self.map_ids_T == data.tokenizer.end_of_text)
             self.map_ids_T = self.map_ids_T[: ends[0] + 1 if len(ends) else None]
-        self.callbacks = [
+        self.callbacks: list[Callback] = [
             EveryN(config.diagnose_every, self._diagnose),
             EveryN(config.attention_every, self._map_attention, at_end=True),
             EveryN(config.sample_every, self._show_sample),
-            PlotLearningCurves(run, self.title),
         ]
+        if run.writes:
+            self.callbacks.append(PlotLearningCurves(run, self.title))
 
     def validate(self, params: Any, step: int, n_batches: int | None = None) -> dict[str, float]:
         """The mean of the batches' mean losses, as documented, its perplexity, and the mean over all tokens.
@@ -158,11 +162,11 @@ class LanguageModelingTask(Task):
     def finish(self, params: Any) -> tuple[dict[str, Any], str]:
         """Whole-split loss and a sample."""
         run, config = self.run, self.run.config
-        if config.attention_every:
+        if config.attention_every and run.writes:
             self._animate()
         whole = whole_split_loss(self.executor, params, self.val_N, run.tokenizer, say=self.say)
         text = self._sample(params)
-        files.write_text(run.path / "sample.txt", text + "\n")
+        run.write_text("sample.txt", text + "\n")
         figures = {
             "val_loss": whole.loss,
             "val_loss_batch_mean": whole.batch_mean,
@@ -188,7 +192,8 @@ class LanguageModelingTask(Task):
                 self.say(f"step {step}  gradients {verdict}: {', '.join(names[:3])}{more}")
 
     def _map_attention(self, state: TrainState, step: int) -> None:
-        maps_LHTS = diagnostics.attention_maps(self.executor.objective, jax.device_get(state.params), self.map_ids_T)
+        params = jax.device_get(parallel.on_host(state.params))
+        maps_LHTS = diagnostics.attention_maps(self.executor.objective, params, self.map_ids_T)
         self.run.save_map(step, maps_LHTS)
 
     def _animate(self) -> None:

@@ -1,4 +1,8 @@
-"""Both frameworks on the same GPU: float32 without TF32, and bfloat16 with cuDNN's attention where it is allowed."""
+"""Our step on the accelerator that is here, in float32 and as the trainer computes it in bfloat16.
+
+On a GPU PyTorch computes on it too: float32 without TF32, and bfloat16 with cuDNN's attention where it is allowed. A
+TPU is held against PyTorch on the CPU.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,35 +21,39 @@ from parity_tests.cases import BATCH, Case, Results, flax_params, flax_results, 
 from parity_tests.engine.harness import Row, own_errors
 from parity_tests.tolerances import ratio_row, row
 
-ROWS = (("float32, GPU", "float32, TF32 off"), ("bfloat16, GPU", "bfloat16, cuDNN attention"))
+CASES = {  # by platform: the precision and the case of the rows
+    "GPU": (("float32, GPU", "float32, TF32 off"), ("bfloat16, GPU", "bfloat16, cuDNN attention")),
+    "TPU": (("float32, TPU", "float32, full precision"), ("bfloat16, TPU", "bfloat16, splash attention")),
+}
 
 
-def why_not() -> str:
-    """Why these rows cannot run here; empty if they can."""
-    if jax.default_backend() != "gpu":
-        return "JAX has no GPU here"
-    return "" if torch.cuda.is_available() else "PyTorch has no GPU here"
+def why_not(kind: str) -> str:
+    """Why the rows of a kind of accelerator cannot run here; empty if they can."""
+    if jax.default_backend() != kind.lower():
+        return f"JAX has no {kind} here"
+    return "" if kind == "TPU" or torch.cuda.is_available() else "PyTorch has no GPU here"
 
 
 def check_accelerator(quick: bool) -> Iterator[Row]:
-    """Logits, and the worst tensor's gradient, on the GPU against the float64 truth of the CPU."""
-    if reason := why_not():
-        for precision, name in ROWS:
-            yield row("GPU logits", precision, name, note=reason, not_run=True)
+    """Logits, and the worst tensor's gradient, on the accelerator against the float64 truth of the CPU."""
+    kind = "TPU" if jax.default_backend() == "tpu" else "GPU"
+    if reason := why_not(kind):
+        for precision, name in CASES[kind]:
+            yield row(f"{kind} logits", precision, name, note=reason, not_run=True)
         return
     case = Case("minigpt", dataclasses.replace(PRESETS["minigpt"], batch_size=BATCH), 65)
     truth = torch_results(case, "float64")
     torch.backends.cuda.matmul.allow_tf32 = False
-    for (precision, name), dtype in zip(ROWS, ("float32", "bfloat16"), strict=True):
-        theirs = torch_results(case, dtype, device="cuda")
+    for (precision, name), dtype in zip(CASES[kind], ("float32", "bfloat16"), strict=True):
+        theirs = torch_results(case, dtype, device="cuda" if kind == "GPU" else "cpu")
         with precision_of(dtype):
             ours = flax_results(case, dtype) if dtype == "float32" else _as_the_trainer(case)
         yield ratio_row(
-            "GPU logits", precision, name, lambda o=ours, t=theirs: own_errors(o.logits, t.logits, truth.logits)
+            f"{kind} logits", precision, name, lambda o=ours, t=theirs: own_errors(o.logits, t.logits, truth.logits)
         )
         compared = [n for n in truth.grads if not n.endswith("Wk.bias")]
         flat = [np.concatenate([r.grads[n].ravel() for n in compared]) for r in (ours, theirs, truth)]
-        yield ratio_row("GPU gradients", precision, name, lambda flat=flat: own_errors(*flat, floor=1e-10))
+        yield ratio_row(f"{kind} gradients", precision, name, lambda flat=flat: own_errors(*flat, floor=1e-10))
 
 
 def _as_the_trainer(case: Case) -> Results:

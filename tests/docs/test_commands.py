@@ -18,10 +18,15 @@ import pytest
 from documentation import COMMANDS, PAGES, ROOT, Block, blocks
 from pyarrow import parquet
 
+from jaxgpt.cli.args import parse_train_flags
+
 # The blocks that are not run: (page, first line).
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
+    ("docs/scale.md", "export JAX_NUM_CPU_DEVICES=1"),
+    ("docs/scale.md", "python scripts/plan.py --preset gpt2 --batch-size 256 --target H100:32 --mesh data=4,fsdp=8"),
+    ("docs/scale.md", "python -m benchmarks.scale"),
     ("docs/gpt2-billion-tokens.md", "# one H100"),
     (
         "docs/gpt2-billion-tokens.md",
@@ -34,7 +39,7 @@ NOT_RUN = {
     ("docs/reliability.md", "python -m tests.faults"),
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
-    ("docs/benchmarks.md", "python scripts/bench.py --preset nanogpt-char,gpt2-124m --docs"),
+    ("docs/benchmarks.md", "make accelerator"),
     ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
     ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),
     ("docs/parity.md", "python scripts/parity.py"),
@@ -161,6 +166,17 @@ def test_the_readmes_library_example_lowers_the_loss(monkeypatch, capsys):
 
 def test_no_block_is_left_out_silently():
     assert {(block.page, block.first_command) for block in all_blocks() if block.not_run} == NOT_RUN
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("docs/scale.md") if block.language in ("shell", "yaml")])
+def test_the_flags_of_a_clusters_script_are_those_of_the_command(block):
+    """The scripts of clusters cannot be run here; their variables stand for numbers and names."""
+    text = re.sub(r"\$\(.*\)", "10.0.0.1", block.text).replace("\\\n", " ")
+    found = re.search(r"(?:scripts/train\.py|jaxgpt train)((?:\s+--[^\s\"]+(?: [^-\s\"][^\s\"]*)?)+)", text)
+    assert found, block.text
+    numbers = {"$SKYPILOT_NUM_NODES": "2", "$SKYPILOT_NODE_RANK": "1", "$JOB_COMPLETION_INDEX": "1"}
+    flags = parse_train_flags([numbers.get(word, word) for word in found[1].split()], None, "jaxgpt train")
+    assert flags.distributed and flags.batch_size == 512 and flags.out_dir and "fineweb" in flags.dataset
 
 
 RUN_PAGES = sorted({block.page for block in all_blocks() if not block.not_run and block.language == "bash"})

@@ -6,7 +6,7 @@ import pytest
 from documentation import COMMANDS, PAGES, ROOT, blocks, read
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-OTHER_LANGUAGES = {"text", "diff"}
+OTHER_LANGUAGES = {"text", "diff", "shell", "yaml"}  # shell: of a cluster; test_commands.py parses their flags
 
 
 def anchors(text: str) -> set[str]:

@@ -185,6 +185,7 @@ NAMES: dict[str, list[str | None]] = {
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
     "json": NEW_FILES,
     "target": [MISSING, "", "v5", "v5e:", "v5e:0x1", "v5e:8", "v5e:2x2x1", "v5p:2x2", "h100", "H100:0", "H100:9", NUL],
+    "coordinator": [MISSING, "host", ":1", "host:", "host:0", "host:65536", "host:x", "host:1.5", NUL],
     "mesh": [MISSING, "4", "data", "data=0", "data=1,data=1", "data=3", "fsdp=3", "model=1", "data=1,", NUL],
 }
 NAMES_OF_COMMAND: dict[tuple[str, str], list[str | None]] = {
@@ -214,6 +215,9 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("compare", "epochs"): ["--packing=chunks"],
     ("convert import", "epochs"): ["--packing=chunks"],
     ("plan", "epochs"): ["--packing=chunks"],
+    ("train", "coordinator"): ["--distributed", "--num-processes=2", "--process-id=0"],
+    ("train", "num_processes"): ["--distributed", "--coordinator=host:1", "--process-id=0"],
+    ("train", "process_id"): ["--distributed", "--coordinator=host:1", "--num-processes=2"],
     ("inspect", "out"): ["--gradients"],
     ("inspect", "data_dir"): ["--gradients"],
     ("inspect", "checkpoint"): ["--gradients"],

@@ -28,7 +28,9 @@ BASE = {
     },
     "finetune": {"dataset": "file:rows.csv", "max_tokens": 4, "epochs": 1, "train_samples": 4},
 }  # fmt: skip
-NOT_DRAWN = {"run", "texts", "out_dir", "data_dir", "overwrite"}
+# Other processes would be waited for.
+PROCESSES = {"distributed", "coordinator", "num_processes", "process_id"}
+NOT_DRAWN = {"run", "texts", "out_dir", "data_dir", "overwrite", *PROCESSES}
 # Of the numbers and names whose valid values are others than those of their type in general.
 VALID: dict[str, list[Any]] = {
     "dataset": ["file:words.txt", "file:rows.csv", "file:rows.jsonl", "nothing,file:words.txt"],
@@ -42,6 +44,8 @@ VALID: dict[str, list[Any]] = {
     "batch_size": [1, 2, 3, 4, 6],
     "batch_tokens": [0, 2, 14, 16, 32],
     "mesh": ["", "data=1", "data=2", "fsdp=1", "fsdp=2"],
+    "join_timeout": [1, 300],
+    "heartbeat_timeout": [10, 86400],
     "checkpoint_every": [1, 2, 250],
     "keep_checkpoints": [1, 3, 2**31 - 1],
     "seed": [0, 1, 2**31 - 1],

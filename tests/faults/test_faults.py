@@ -55,7 +55,7 @@ def harness_here(trained, text_file, user_env, tmp_path_factory):
     "make_cases",
     [
         partial(corruptions.corruption_cases, names=("finished",), n_cases=3),
-        partial(limits.call_cases, n_cases=1),
+        pytest.param(partial(limits.call_cases, n_cases=1), marks=pytest.mark.slow),
     ],
     ids=["damaged files", "calls that fail"],
 )

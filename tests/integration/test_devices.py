@@ -36,3 +36,26 @@ def test_one_device_and_several_give_the_same_losses(tmp_path, dtype, dropout, t
         np.testing.assert_allclose(run["loss"], one["loss"], rtol=0, atol=tolerance)
         np.testing.assert_allclose(run["grad_norm"], one["grad_norm"], rtol=tolerance)
         np.testing.assert_allclose(run["whole"], one["whole"], rtol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sgd", "tied head", "classification", "skipped updates", "bfloat16", "no clip"])
+def test_a_sharded_state_trains_the_same(case):
+    """With each optimizer, head, task and dtype; beyond the rounding of sums, nothing depends on the devices."""
+    script = Path(__file__).with_name("sharded_losses.py")
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, script, case], env=env, capture_output=True, text=True, check=True)
+    one, *sharded = (np.array(rows) for rows in json.loads(done.stdout).values())
+    losses = one[:, 0]
+    assert len(sharded) == 2 and losses[-1] < losses[0] - 0.05 and len(set(losses)) == len(losses)
+    # float64: sums in another order, 1e-16 each, which Adam amplifies. bfloat16 rounds products by 4e-3, and sums in
+    # another order move some of them by that; a gradient's norm follows more of them than the loss.
+    for_losses, for_norms = (5e-3, 0.1) if case == "bfloat16" else (1e-8, 1e-8)
+    for rows in sharded:
+        np.testing.assert_allclose(rows[:, 0], losses, rtol=for_losses)
+        np.testing.assert_allclose(rows[:, 1], one[:, 1], rtol=for_norms)
+        np.testing.assert_array_equal(rows[:, 2:], one[:, 2:])
+    if case == "skipped updates":
+        assert 0 < one[:, 2].sum() < len(one)
+    elif case == "no clip":
+        assert one[:, 1].max() > 0.2  # where the other cases clip

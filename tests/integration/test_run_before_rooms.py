@@ -47,6 +47,7 @@ def test_its_checkpoint_is_read_bit_for_bit(run):
     assert digests == json.loads((OLD / "digests.json").read_text()) and len(digests) > 50
 
 
+@pytest.mark.slow
 def test_it_resumes_as_the_same_run(cli, run):
     """The steps before the checkpoint stay as they are; those after it are the old program's.
 

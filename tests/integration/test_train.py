@@ -170,6 +170,7 @@ def test_other_dtypes(cli, text_file, tmp_path, dtype, stored):
     assert {str(p.dtype) for p in read_state(out, 3)["params"].values()} == {stored}
 
 
+@pytest.mark.slow
 def test_a_sharded_state_trains_the_same(cli, text_file, trained, tmp_path):
     done = train(cli, text_file, tmp_path / "run", "--steps", "60", "--mesh", "fsdp=2", "--grad-accum", "2")
     assert done.returncode == 0, done.stderr
@@ -192,7 +193,7 @@ def test_a_sharded_state_trains_the_same(cli, text_file, trained, tmp_path):
         (["--grad-accum", "3"], "--grad-accum 3: does not divide --batch-size 8"),
         (
             ["--mesh", "data=2", "--grad-accum", "8"],
-            "--grad-accum 8: does not divide the 4 rows that each of 2 devices has",
+            "--grad-accum 8: does not divide the 4 rows that each of the 2 devices of this machine has",
         ),
         (["--batch-tokens", "100"], "--batch-tokens 100: no multiple of --model.block-size 16; give one, as 96"),
         (["--batch-tokens", "64"], "--batch-tokens 64: --batch-size 8 is another; give one of both"),

@@ -14,7 +14,7 @@ import pytest
 from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig, mesh_shape
 from jaxgpt.data import sampler
-from jaxgpt.data.loader import make_loader
+from jaxgpt.data.loader import HostLoader, ProcessRows, make_loader
 from jaxgpt.data.sampler import BatchSampler, whole_split
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.errors import UserError
@@ -75,7 +75,7 @@ def train():
     [
         ("jit", 2, "device"),
         ("pmap", 2, "device"),
-        ("jit", 2, "host"),
+        pytest.param("jit", 2, "host", marks=pytest.mark.slow),
         pytest.param("jit", 1, "device", marks=pytest.mark.slow),
         pytest.param("jit", 1, "host", marks=pytest.mark.slow),
         pytest.param("pmap", 1, "device", marks=pytest.mark.slow),
@@ -107,7 +107,7 @@ def test_one_program_serves_every_number_of_steps_bit_for_bit(train, kind, n_dev
 def test_a_cpus_cores_are_devices_where_it_pays(batch_size, n_devices, n_cores, monkeypatch):
     config = dataclasses.replace(SMALL, batch_size=batch_size, model=dataclasses.replace(SMALL.model, block_size=32))
     objective, device = LanguageModelingObjective(config, 50, parallel.numerics(config)), jax.local_devices()[0]
-    monkeypatch.setattr(jax, "local_devices", lambda: [device] * n_cores)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * n_cores)
     assert parallel.devices_for(objective) == [device] * n_devices
     # 6.4 million parameters: each device needs 535 tokens.
     many_words = LanguageModelingObjective(config, 200_000, objective.numerics)
@@ -238,7 +238,9 @@ def test_shards_microbatches_and_recomputed_blocks_train_the_same(whole_batch_lo
 def test_accumulation_that_does_not_divide_a_devices_rows_is_refused():
     config = dataclasses.replace(SMALL, grad_accum=4)
     objective = LanguageModelingObjective(config, 50, parallel.numerics(config))
-    with pytest.raises(UserError, match="--grad-accum 4: does not divide the 2 rows that each of 2 devices has"):
+    with pytest.raises(
+        UserError, match="--grad-accum 4: does not divide the 2 rows that each of the 2 devices of this machine has"
+    ):
         parallel.Executor(objective, jax.devices()[:1] * 2)
 
 
@@ -418,3 +420,22 @@ def test_in_10000_steps_no_window_is_wrong_missing_or_doubled(packing):
         windows = [np.asarray(sampler.windows(tokens_N, r.reshape(-1), block_size)) for r in rows]
         windows = [w.reshape(n_steps, -1, block_size + 1) for w in windows]
         np.testing.assert_array_equal(np.concatenate(windows, axis=1), window_KBT)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 4])
+def test_processes_read_each_window_of_10000_steps_once(n_processes):
+    """Each by the loader of its own rows, of batches that are divided over 4 devices."""
+    config = TrainConfig(batch_size=8, packing="chunks", model=ModelConfig(block_size=4))
+    tokens_N = np.arange(4 * (8 * 7 + 5) + 1)
+    batch_sampler = BatchSampler(config, len(tokens_N))
+    devices = [types.SimpleNamespace(process_index=i * n_processes // 4) for i in range(4)]
+    mesh = types.SimpleNamespace(devices=np.array(devices).reshape(2, 2), size=4)
+    rows = [parallel.rows_of_process(mesh, 8, process) for process in range(n_processes)]
+    loaders = [HostLoader(tokens_N, batch_sampler, ProcessRows(own, sampler.RowSource)) for own in rows]
+    for step in range(0, 10_000, loaders[0].max_steps):
+        n_steps = min(loaders[0].max_steps, 10_000 - step)
+        read = [loader.take(step, n_steps).window_KBT[:n_steps] for loader in loaders]
+        start_KB = batch_sampler.starts(step, n_steps)
+        np.testing.assert_array_equal(np.concatenate(read, axis=1), tokens_N[start_KB[..., None] + np.arange(5)])
+    for loader in loaders:
+        loader.close()

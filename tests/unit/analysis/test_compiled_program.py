@@ -161,7 +161,7 @@ def test_attention_of_cudnn():
 def test_what_runs_beside_a_collective():
     product = 2 * 16 * 8 * 32
     assert CompiledProgram(GPU).collectives == [
-        Collective("all-reduce", 1, 16 * 32 * 4, product, 16 * 32 * 4 + 32 * 8 * 2 + 16 * 8 * 4),
+        Collective("all-reduce", 1, 16 * 32 * 4, product, 16 * 32 * 4 + 32 * 8 * 2 + 16 * 8 * 4, group_size=2),
         Collective("all-gather", 1, 32 * 32 * 4),
     ]
 
@@ -193,6 +193,26 @@ def test_a_collective_beside_several_fusions_counts_once():
     )
     program, flop = CompiledProgram(module.replace("\nENTRY", f"{fused}\nENTRY")), 2 * 8 * 16 * 8
     assert program.collectives == [Collective("all-gather", 1, 64, n * flop) for n in (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("{{0},{1}}", 1),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+        ("{}", None),
+    ],
+)
+def test_among_how_many_devices_a_collective_runs(groups, size):
+    module = entry(
+        "%p = f32[64]{0} parameter(0)",
+        f"ROOT %sum = f32[64]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add",
+    )
+    assert CompiledProgram(module).collectives == [Collective("all-reduce", 1, 256, group_size=size)]
 
 
 @pytest.mark.parametrize("opcode", ["async", "call"])

@@ -53,7 +53,7 @@ def test_without_its_compiler_a_target_is_lowered(without_compilers):
     assert weights == 4 * sum(count_params(CONFIG.model, VOCABULARY, None))
     assert found["bytes_per_device"]["optimizer_state"] == pytest.approx(2 * weights, rel=1e-3)
     printed = text(found, parse_target("H100:2"))
-    assert 'pip install "jaxgpt[aot-gpu]"' in printed and "estimated" not in printed
+    assert 'pip install -e ".[aot-gpu]" in a checkout' in printed and "estimated" not in printed
 
 
 def test_accumulation_repeats_the_products_of_a_microbatch(without_compilers):
@@ -130,6 +130,8 @@ def test_the_estimate_is_a_roofline(monkeypatch):
         "collectives": [
             Collective("all-reduce", 1, int(1e-3 * links), flop_meanwhile=int(5e-4 * rate)),  # takes 1.5 ms
             Collective("all-gather", 2, int(1e-3 * links), bytes_meanwhile=int(bandwidth)),  # hidden
+            Collective("all-reduce", 1, int(0.5e-3 * links), bytes_meanwhile=int(bandwidth), group_size=2),  # 0.5 ms
+            Collective("all-reduce", 1, int(1e-3 * links), group_size=1),  # moves nothing
         ],
     }
     for name, value in given.items():
@@ -137,7 +139,7 @@ def test_the_estimate_is_a_roofline(monkeypatch):
     flop = {"compiled": 1e-3 * rate, "F12": 1e-3 * rate, "flash_attention": 0.0}
     found = plan._estimate(EMPTY, flop, CONFIG, target, 1e9)
     assert (found["bound"], found["flop_s"], found["memory_s"]) == ("memory", 1e-3, pytest.approx(2e-3))
-    assert found["collectives_s"] == pytest.approx(1.5e-3 + 2 * 0.75e-3)
+    assert found["collectives_s"] == pytest.approx(1.5e-3 + 2 * 0.75e-3 + 0.5e-3)
     assert found["collectives_exposed_s"] == pytest.approx(1e-3)
     assert found["step_s"] == pytest.approx(3e-3) and found["mfu"] == pytest.approx(1 / 3)
     assert found["tokens_per_s"] == pytest.approx(8 * 128 / 3e-3)
@@ -174,6 +176,7 @@ def compiled(command, tmp_path_factory):
 TPUS, GPUS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"], ["A100:2", "H100:2"]
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*TPUS, *GPUS])
 def test_a_compiled_step(compiled, name):
@@ -193,6 +196,7 @@ def test_a_compiled_step(compiled, name):
     assert estimated["tokens_per_s"] * estimated["step_s"] == pytest.approx(CONFIG.tokens_per_step)
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GPUS)
 def test_a_gpu_computes_all_products_in_bfloat16_and_attention_by_cudnn(compiled, name):
@@ -201,6 +205,7 @@ def test_a_gpu_computes_all_products_in_bfloat16_and_attention_by_cudnn(compiled
     assert (found["flash_attention"]["forward"], found["flash_attention"]["backward"]) == (1, 1)
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TPUS)
 def test_a_tpu_has_no_float32_products_and_attention_by_splash_kernels(compiled, name):
@@ -210,6 +215,7 @@ def test_a_tpu_has_no_float32_products_and_attention_by_splash_kernels(compiled,
     assert found["estimated_cycles"] > 0
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_accumulation_counts_all_microbatches_of_a_compiled_step(compiled):
     """XLA's own analysis counts a loop's body once."""
@@ -217,6 +223,7 @@ def test_accumulation_counts_all_microbatches_of_a_compiled_step(compiled):
     assert parts["flop_per_device"]["products"] == whole["flop_per_device"]["products"]
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5e:2x2", "H100:2"])
 def test_a_sharded_step_gathers_parameters_and_nothing_else(compiled, name):

@@ -8,7 +8,14 @@ import pytest
 
 from jaxgpt import parallel
 from jaxgpt.analysis import targets
-from jaxgpt.analysis.targets import CHIPS, assumed_cudnn, compile_without_accelerators, gpu_target_config, parse_target
+from jaxgpt.analysis.targets import (
+    CHIPS,
+    assumed_cudnn,
+    chip_of,
+    compile_without_accelerators,
+    gpu_target_config,
+    parse_target,
+)
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import UserError
 
@@ -59,6 +66,13 @@ def test_a_target_trains_in_bfloat16(name):
     assert (numerics.attention == "cudnn") == (CHIPS[name].platform == "cuda")
 
 
+def test_the_chip_of_a_device_of_this_machine():
+    """As JAX names devices; of another form, whose figures differ, nothing is known."""
+    kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU7x": "tpu7x", "NVIDIA H100 80GB HBM3": "H100"}
+    assert {kind: chip.name for kind in kinds if (chip := chip_of(kind))} == kinds
+    assert chip_of("NVIDIA H100 PCIe") is None and chip_of("cpu") is None
+
+
 def test_the_clock_of_a_tpu_gives_its_peak():
     """Matrix units of 128 x 128, two operations an element and cycle: v5e has 4, v4 and v5p 8."""
     for name, units in (("v5e", 4), ("v4", 8), ("v5p", 8)):
@@ -106,6 +120,7 @@ def test_what_is_installed_is_found(monkeypatch):
     assert parse_target("v5e").compiler_is_installed and not parse_target("H100").compiler_is_installed
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_a_topology_that_libtpu_refuses_is_told():
     pytest.importorskip("libtpu", reason="the compiler of TPUs is in the extra aot-tpu")

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
-from jaxgpt.config import TrainConfig
+from jaxgpt.cli.args import TrainFlags, config_of, parse_flags, parse_train_flags
+from jaxgpt.cli.finetune import FinetuneFlags
+from jaxgpt.cli.plan import PlanFlags
+from jaxgpt.config import FinetuneConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.presets import PRESETS
 
@@ -32,6 +34,21 @@ def test_a_batch_in_tokens():
     assert config_of(parse("--model.block-size", "64")).batch_size == TrainConfig().batch_size
     accumulated = parse("--batch-tokens", "12288", "--grad-accum", "3")  # 96 rows; the preset's 32 have no third
     assert accumulated.batch_size == config_of(accumulated).batch_size == 96
+
+
+def test_a_batch_in_tokens_of_a_plan_and_of_texts():
+    plan = parse_train_flags(["--preset", "gpt2", "--batch-tokens", "65536"], None, "jaxgpt plan", PlanFlags)
+    assert plan.batch_size == 64
+
+    def finetune(*args):
+        return parse_flags(FinetuneFlags, ["RUN", *args], None, "jaxgpt finetune")
+
+    assert finetune("--batch-tokens", "2048", "--max-tokens", "16").batch_size == 128
+    assert finetune().batch_size == FinetuneConfig.batch_size
+    with pytest.raises(UserError, match="^--batch-tokens 100: no multiple of --max-tokens 64; give one, as 128$"):
+        finetune("--batch-tokens", "100")
+    with pytest.raises(UserError, match="^--batch-tokens 128: --batch-size 4 is another; give one of both$"):
+        finetune("--batch-tokens", "128", "--batch-size", "4")
 
 
 @pytest.mark.parametrize(
