@@ -24,13 +24,15 @@ def main(args: list[str], started: float | None = None) -> int:
 
 def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
     # Imported here, and jax last: bad flags and missing data are reported without waiting for these imports.
-    from jaxgpt.data.corpora import load_corpus
+    from jaxgpt.data.corpora import load_corpus, streaming_of_run
     from jaxgpt.progress import ProgressDisplay
-    from jaxgpt.runs.run_dir import recorded_choice
+    from jaxgpt.runs.run_dir import recorded_choice, recorded_dataset
 
     display = ProgressDisplay(prints)
     spec = recorded_choice(flags.out_dir, flags.dataset)
-    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column, flags.streaming)
+    recorded = None if flags.overwrite else recorded_dataset(flags.out_dir)
+    streaming = streaming_of_run(recorded, flags.streaming) if recorded else flags.streaming
+    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column, streaming)
     from jaxgpt.tasks.language_modeling import train
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)

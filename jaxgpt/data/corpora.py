@@ -159,6 +159,16 @@ def load_corpus(
     raise NotAvailable("; ".join(reasons))
 
 
+def streaming_of_run(name: str, streaming: Streaming) -> Streaming:
+    """What `--streaming` means for a run that has recorded the dataset `name`.
+
+    The name of a hub dataset that was streamed has its commit. Without one, "auto" is "never": a run of an earlier
+    version has not streamed, whatever the size.
+    """
+    of_hub = name.startswith("hf:") and not os.path.isdir(split_spec(name.removeprefix("hf:"))[0])
+    return "never" if streaming == "auto" and of_hub and not REVISION.search(name) else streaming
+
+
 def path_of(name: str) -> Path:
     """The path in a dataset's name `file:PATH` or `bin:DIR`."""
     path = Path(name.partition(":")[2])

@@ -218,8 +218,11 @@ class ShardMaker:
                     return path
             except FileNotFoundError:
                 raise NotAvailable(f"{where} is gone; bring it back") from None
+            except OSError as e:
+                raise UserError(f"{where} cannot be read ({e.strerror}); give a readable file") from None
             if not self.work.files.repo or last:
-                raise UserError(f"{where} is another file than the list of the corpus has; bring that back")
+                remedy = "start again, to download it anew" if self.work.files.repo else "bring that back"
+                raise UserError(f"{where} is another file than the list of the corpus has; {remedy}")
             path.unlink()
         raise AssertionError("unreachable")
 
@@ -465,9 +468,9 @@ class ShardCache(TokenShards):
         """The first of the shards that are being made; makes room on the disk, but not of `files`."""
         shard, task = ahead.popleft()
         workers.wait(task)
-        tokens_N = self._open(workers, shard.file, shard.number)
+        tokens_N = self._open(workers, shard.file_number, shard.number)
         following = [other for other, _ in ahead]
-        self._remove_downloads({*files, *(other.file for other in following)})
+        self._remove_downloads({*files, *(other.file_number for other in following)})
         self._remove_old_tokens([shard, *following])
         return shard._replace(tokens_N=tokens_N)
 
@@ -502,7 +505,7 @@ class ShardCache(TokenShards):
 
     def _remove_old_tokens(self, needed: list[Shard]) -> None:
         """Removes the tokens read longest ago, so that those on the disk are `max_bytes` at most."""
-        needed_paths = {self.work.tokens(shard.file, shard.number) for shard in needed}
+        needed_paths = {self.work.tokens(shard.file_number, shard.number) for shard in needed}
         held_out = len(self.work.files.train) if self.work.files.validation else 0
         needed_paths.add(self.work.tokens(held_out, 0))
         found = []

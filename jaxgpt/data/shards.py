@@ -75,7 +75,7 @@ class Shard(NamedTuple):
     """A shard of tokens as it is read in an epoch: its file, its number in that file, and its tokens [N], mapped."""
 
     epoch: int
-    file: int
+    file_number: int
     number: int
     tokens_N: np.ndarray
 
@@ -334,6 +334,8 @@ class TokenFileShards(TokenShards):
         """A file's tokens. Raises `UserError` if it has changed, or has tokens outside of the vocabulary."""
         if sha256_of(file.path, self._files.option) != file.sha256:
             raise UserError(f"{self._files.option}: {file.path.name} has changed since the start; bring it back")
+        if not file.n_tokens:
+            return np.zeros(0, self.dtype)
         tokens_N = np.memmap(file.path, self.dtype, "r", offset=HEADER_BYTES, shape=(file.n_tokens,))
         require_vocabulary(tokens_N, self._vocab_size, f"{self._files.option}: {file.path.name}")
         return tokens_N

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt import parallel
-from jaxgpt.data.corpora import load_corpus
+from jaxgpt.data.corpora import load_corpus, streaming_of_run
 from jaxgpt.data.files import NotAvailable
 from jaxgpt.data.token_cache import open_shards, split_tokens
 from jaxgpt.errors import DamagedRun, UserError
@@ -96,7 +96,8 @@ def split_of(run: RunDir, split: str, data_dir: Path | None) -> np.ndarray:
     config = run.config
     try:
         folder = data_dir or run.data_dir
-        corpus = load_corpus(config.dataset, folder, print_progress, config.text_column, config.streaming)
+        streaming = streaming_of_run(config.dataset, config.streaming)
+        corpus = load_corpus(config.dataset, folder, print_progress, config.text_column, streaming)
     except NotAvailable as e:
         raise UserError(f"RUN {run.path}: the text it was trained on cannot be had: {e}") from None
     if corpus.sha256 != run.data_sha256:

@@ -436,12 +436,17 @@ def recorded_choice(path: Path | None, spec: str) -> str:
     `--dataset a,b` so resumes a run that was begun with b because a could not be had, and `hf:NAME` one that was begun
     with `hf:NAME@COMMIT`, whatever the hub has by now.
     """
-    try:
-        recorded = files.read_json(path / "data.json", DataRecord).dataset if path else None
-    except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
-        return spec
+    recorded = recorded_dataset(path)
     names = [name.strip() for name in spec.split(",")]
     return recorded if recorded and not {recorded, REVISION.sub("", recorded)}.isdisjoint(names) else spec
+
+
+def recorded_dataset(path: Path | None) -> str | None:
+    """The name of the dataset that the run in a folder was begun with; None if there is no run."""
+    try:
+        return files.read_json(path / "data.json", DataRecord).dataset if path else None
+    except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
+        return None
 
 
 def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord, dict[str, str]]:

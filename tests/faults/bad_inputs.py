@@ -595,6 +595,8 @@ FOREIGN_TOKENS: dict[str, tuple[bytes | Callable[[Path], object], bytes | Callab
     "odd": (GOOD_TOKENS + b"\1", GOOD_TOKENS),
     "vocabulary": (GOOD_TOKENS + b"\xff\xff", GOOD_TOKENS),
     "short": (b"\1\0" * 8, GOOD_TOKENS),
+    "uint32": (struct.pack("<200I", *range(200)), GOOD_TOKENS),
+    "llm.c": (struct.pack("<256i", 20240520, 1, 200, *[0] * 253) + GOOD_TOKENS, GOOD_TOKENS),
     "folder": (GOOD_TOKENS, Path.mkdir),
     "pipe": (os.mkfifo, GOOD_TOKENS),
     "endless": (lambda path: path.symlink_to("/dev/zero"), GOOD_TOKENS),

@@ -229,6 +229,26 @@ def _read_token_files(folder: Path) -> Any:
     return data.train_N.tolist(), data.val_N.tolist()
 
 
+def _make_shards(folder: Path) -> None:
+    """llm.c's files."""
+    for name in ("x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin"):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 200
+        (folder / name).write_bytes(header.tobytes() + np.arange(200, dtype="<u2").tobytes())
+
+
+def _read_shards(folder: Path) -> Any:
+    from jaxgpt.data.corpora import load_corpus
+    from jaxgpt.data.token_cache import tokenize_corpus
+
+    corpus = load_corpus(f"bin:{folder}", None, _silent)
+    _, data = tokenize_corpus(dataclasses.replace(LANGUAGE, tokenizer="byte", packing="chunks"), corpus)
+    shards = data.train_N.read(((0, file) for file in range(data.train_N.n_files)), 0)
+    tokens = [data.val_N, *(shard.tokens_N for shard in shards)]
+    assert max(tokens_N.max(initial=0) for tokens_N in tokens) < 256
+    return [tokens_N.tolist() for tokens_N in tokens]
+
+
 @functools.cache
 def _params() -> dict[str, np.ndarray]:
     """Parameters of the small model, all 0.5."""
@@ -384,6 +404,7 @@ READERS = (
     Reader("AG News", _make_ag_news, _read_labeled("ag_news")),
     Reader("texts by line", _make_lines, _read_corpus("wikitext-2"), damages="train.txt"),
     Reader("token files", _make_token_files, _read_token_files),
+    Reader("shards of tokens", _make_shards, _read_shards),
     Reader("weights and optimizer state", _make_weights, _read_weights),
     Reader("run, configuration", _make_run, _read_run, damages="config.json", digests=True),
     Reader("run, vocabulary", _make_run, _read_run, damages="tokenizer.json", digests=True),

@@ -133,7 +133,9 @@ def test_what_the_hub_does_not_have_is_told_in_one_line(train, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stop_signal_ends_the_run_and_its_workers(hub, start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_stop_signal_ends_the_run_and_its_workers(hub, start, tmp_path, monkeypatch, number, to_all):
+    """To the run alone, or to all of its processes, as a scheduler sends it."""
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     process = start(
         "train.py", "--dataset", f"hf:{NAME}:sample", *FLAGS, "--steps=100000", "--out-dir", tmp_path / "run"
@@ -142,7 +144,8 @@ def test_a_stop_signal_ends_the_run_and_its_workers(hub, start, tmp_path, monkey
         if line.startswith("step"):
             break
     children = children_of(process.pid)
-    process.send_signal(signal.SIGINT)
+    for pid in [*(children if to_all else []), process.pid]:
+        os.kill(pid, number)
     rest = process.stdout.read()
-    assert process.wait(30) == 130 and "all saved" in rest
+    assert process.wait(30) == 128 + number and "all saved" in rest, rest
     assert children and end_soon(children)

@@ -13,13 +13,16 @@ import pytest
 from pyarrow import parquet
 from unit.data.samples import config_of, write_hub_folder
 
-from jaxgpt.data import shard_cache
-from jaxgpt.data.corpora import load_corpus
+from jaxgpt.data import shard_cache, shards
+from jaxgpt.data.corpora import load_corpus, streaming_of_run
+from jaxgpt.data.files import NotAvailable
 from jaxgpt.data.sampler import ShardSampler
 from jaxgpt.data.shard_cache import ShardCache, ShardMaker
+from jaxgpt.data.shards import digest_of, parquet_files
 from jaxgpt.data.token_cache import tokenize_corpus
 from jaxgpt.data.tokenizer import ByteTokenizer, make_tokenizer
 from jaxgpt.errors import UserError
+from tests.hub import COMMIT, NAME, serve
 
 ONE_GROUP = 10  # so few bytes that each row group is a shard
 PROCESSES = shard_cache._Workers
@@ -88,11 +91,11 @@ def test_the_shards_hold_each_token_once_and_the_first_validates(folder):
     shards = cache(folder)
     val_N = shards.validation()
     found = first_epoch(shards)
-    assert [(shard.file, shard.number) for shard in found] == [
+    assert [(shard.file_number, shard.number) for shard in found] == [
         (file, number) for file in range(3) for number in range(6) if (file, number) != (0, 0)
     ]
     for file in range(3):
-        tokens = [val_N] * (file == 0) + [shard.tokens_N for shard in found if shard.file == file]
+        tokens = [val_N] * (file == 0) + [shard.tokens_N for shard in found if shard.file_number == file]
         assert np.concatenate(tokens).tolist() == tokens_of(folder, file)
     counts = [shards.known_counts(file) for file in range(3)]
     assert [len(numbers) for numbers, _ in counts] == [5, 6, 6] and all(complete for _, complete in counts)
@@ -102,7 +105,7 @@ def test_the_shards_hold_each_token_once_and_the_first_validates(folder):
 def test_row_groups_share_a_shard_up_to_its_size(folder):
     shards = cache(folder, shard_bytes=2**20)
     shards.validation()
-    assert [(shard.file, shard.number) for shard in first_epoch(shards)] == [(1, 0), (2, 0)]
+    assert [(shard.file_number, shard.number) for shard in first_epoch(shards)] == [(1, 0), (2, 0)]
     assert shard_cache._row_groups_of_shards([5, 5, 5, 20, 1], 10) == [(0, 2), (2, 4), (4, 5)]
 
 
@@ -110,7 +113,7 @@ def test_texts_end_with_the_end_of_text_and_short_ones_are_left_out(folder, bpe)
     shards = cache(folder, bpe, min_chars=20)
     texts = parquet.read_table(folder / "train-00001-of-00003.parquet")["text"].to_pylist()
     expected = [i for text in texts if len(text) > 20 for i in (*bpe.encode(text), bpe.end_of_text)]
-    found = np.concatenate([shard.tokens_N for shard in first_epoch(shards) if shard.file == 1])
+    found = np.concatenate([shard.tokens_N for shard in first_epoch(shards) if shard.file_number == 1])
     assert found.tolist() == expected and len(expected) < sum(len(bpe.encode(text)) + 1 for text in texts)
 
 
@@ -217,6 +220,9 @@ def test_a_file_that_changes_or_vanishes_is_told(folder):
     (folder / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(UserError, match="train-00001-of-00003.parquet is gone; bring it back"):
         first_epoch(shards)
+    os.mkfifo(folder / "train-00001-of-00003.parquet")
+    with pytest.raises(UserError, match="train-00001-of-00003.parquet cannot be read"):
+        first_epoch(shards)
 
 
 def test_a_full_disk_is_told(folder, monkeypatch):
@@ -260,12 +266,95 @@ def test_other_datasets_are_not_streamed():
     assert load_corpus("pydoc", None, print, streaming="auto").shards is None
 
 
+def test_a_run_of_an_earlier_version_goes_on_without_streaming(folder):
+    assert streaming_of_run("hf:a/b", "auto") == streaming_of_run("hf:a/b:c", "auto") == "never"
+    for name in (f"hf:a/b:c@{COMMIT}", f"hf:{folder}", "pydoc"):
+        assert streaming_of_run(name, "auto") == "auto"
+    assert streaming_of_run("hf:a/b", "always") == "always"
+
+
 def test_only_large_datasets_are_streamed_unasked(folder, monkeypatch):
     assert load_corpus(f"hf:{folder}", None, print, streaming="auto").shards is None
     monkeypatch.setattr("jaxgpt.data.corpora.STREAMED_BYTES", 1000)
     corpus = load_corpus(f"hf:{folder}", None, print, streaming="auto")
     assert corpus.shards and corpus.name == f"hf:{folder}"
     assert load_corpus(f"hf:{folder}", None, print, streaming="never").shards is None
+
+
+# -------------------------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub with a corpus of three files, and the waits between two downloads."""
+    folder = write_hub_folder(tmp_path / "hub/data", 3)
+    (tmp_path / "hub/README.md").write_text("A corpus.")
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    with serve(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+    assert folder.is_dir()
+
+
+def downloaded(hub, **values) -> ShardCache:
+    urls = [f"hf://datasets/{NAME}@{COMMIT}/data/train-{number:05}-of-00003.parquet" for number in range(3)]
+    files = parquet_files({"train": urls}, "", "text", hub.url)
+    assert (files.repo, files.revision) == (NAME, COMMIT)
+    values = {"min_chars": 0, "say": print, "n_workers": 1, "shard_bytes": ONE_GROUP, **values}
+    return ShardCache(NAME, files, ByteTokenizer(), np.dtype("<u2"), **values)
+
+
+def test_downloaded_files_give_the_shards_of_local_ones_and_are_removed(hub):
+    local, remote = cache(hub.folder / "data"), downloaded(hub)
+    assert remote.work.files.train[0].digest == local.work.files.train[0].digest
+    for ours, theirs in zip(first_epoch(remote), first_epoch(local), strict=True):
+        assert ours[:3] == theirs[:3] and ours.tokens_N.tolist() == theirs.tokens_N.tolist()
+    left = {path.name for path in remote.work.folder.rglob("*.parquet")}
+    assert len(left) <= 2 and sorted(set(hub.downloads())) == sorted(
+        path.name for path in (hub.folder / "data").iterdir()
+    )
+
+
+def test_a_cut_or_changed_download_is_tried_again(hub):
+    hub.n_cut, hub.n_changed = 2, 1
+    assert downloaded(hub).validation().tolist() == cache(hub.folder / "data").validation().tolist()
+    assert len(hub.downloads()) >= 4
+    hub.n_changed = 2
+    shutil.rmtree(downloaded(hub).work.folder)
+    with pytest.raises(UserError, match="train-00000-of-00003.parquet is another file than the list of the corpus has"):
+        downloaded(hub).validation()
+
+
+def test_a_file_that_the_hub_has_no_longer_is_told_at_once(hub):
+    shards = downloaded(hub)
+    hub.gone.add("data/train-00000-of-00003.parquet")
+    with pytest.raises(NotAvailable, match="cannot be had from .*EntryNotFoundError.*; it is no longer there"):
+        shards.validation()
+    assert not hub.downloads()[1:]
+
+
+def test_a_hub_that_does_not_answer_is_told_after_some_attempts(hub, monkeypatch):
+    shards = downloaded(hub)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(NotAvailable, match="cannot be had from http://127.0.0.1:9 .*; start again: it goes on"):
+        shards.validation()
+
+
+def test_the_digest_of_a_small_file_of_the_hub_is_its_blobs(hub):
+    (file,) = shards._hub_files(NAME, COMMIT, ["README.md"], hub.url)
+    assert file.size == 9 and file.digest == digest_of(hub.folder / "README.md", "git")
+
+
+def test_downloads_of_a_run_that_was_abandoned_are_removed(hub, monkeypatch):
+    cache = downloaded(hub)
+    path = cache.work.parquet(2)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"left")
+    next(cache.read(iter([(0, 0), (0, 1)]), 0))
+    assert path.exists()
+    os.utime(path, (0, 0))
+    next(cache.read(iter([(0, 0), (0, 1)]), 0))
+    assert not path.exists()
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -283,5 +372,5 @@ def test_processes_make_the_shards_and_one_that_is_killed_is_replaced(folder, mo
         found += [next(read) for _ in range(16)]
     finally:
         shards.close()
-    assert np.concatenate([shard.tokens_N for shard in found if shard.file == 2]).tolist() == expected[2]
+    assert np.concatenate([shard.tokens_N for shard in found if shard.file_number == 2]).tolist() == expected[2]
     assert not multiprocessing.active_children()

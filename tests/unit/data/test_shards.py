@@ -45,7 +45,7 @@ def test_the_shards_of_others_are_read_as_they_are(folder):
     read = data.train_N.read(iter([(0, 2), (0, 0), (1, 1)]), 0)
     for epoch, number in ((0, 2), (0, 0), (1, 1)):
         shard = next(read)
-        assert (shard.epoch, shard.file, shard.number) == (epoch, number, 0)
+        assert (shard.epoch, shard.file_number, shard.number) == (epoch, number, 0)
         assert isinstance(shard.tokens_N, np.memmap) and shard.tokens_N.dtype == data.train_N.dtype
         assert shard.tokens_N.tolist() == list(range(number, 100 + 2 * number))
     assert data.train_N.known_counts(1) == ([101], True)
@@ -104,6 +104,14 @@ def test_a_cut_or_missing_file_is_refused(folder):
         load(folder)
     os.mkfifo(folder / "fineweb_train_000001.bin")
     with pytest.raises(UserError, match="a pipe or a device"):
+        load(folder)
+
+
+def test_a_file_without_tokens_is_an_empty_shard(folder):
+    write_tokens(folder / "fineweb_train_000002.bin", [])
+    assert len(next(load(folder)[1].train_N.read(iter([(0, 1)]), 0)).tokens_N) == 0
+    write_tokens(folder / "fineweb_val_000000.bin", [])
+    with pytest.raises(UserError, match="too short"):
         load(folder)
 
 
