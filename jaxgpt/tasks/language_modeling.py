@@ -1,7 +1,6 @@
 """Language modeling: training on next tokens, and the loss over a whole split."""
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +73,7 @@ def train(
     """
     if loader == "device" and corpus.shards:
         raise UserError(f"--loader device: {corpus.name} comes in shards, which the host reads; leave it out")
-    distributed.require_same({"mesh": mesh, "loader": loader, **dataclasses.asdict(policy)})
+    distributed.require_same({"mesh": mesh, "loader": loader, "on_warning_signal": policy.on_warning_signal})
     own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer

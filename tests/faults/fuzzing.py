@@ -95,7 +95,9 @@ def damaged_json(draw: st.DrawFn, valid: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))
         container, key = draw(st.sampled_from(places))
-        new = copy.deepcopy(draw(st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=20)))
+        # Some library makes the processor flush subnormal numbers to 0; hypothesis then refuses to draw them.
+        floats = st.floats(allow_subnormal=False)
+        new = copy.deepcopy(draw(st.sampled_from(VALUES) | st.integers() | floats | st.text(max_size=20)))
         match draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "wrap"])):
             case "replace":
                 container[key] = new

@@ -156,6 +156,7 @@ def test_processes_that_do_not_fit_together_are_told(processes, tmp_path):
     for layout, words in (
         ([[*flags, "--num-processes=2", "--join-timeout=5"]], "--num-processes 2: not all processes have joined"),
         ([flags, [*flags, "--lr=0.5"]], "--lr 0.01 there, 0.5 here"),
+        ([flags, [*flags, "--loader=device"]], "--loader device: process 0 has auto"),
         ([[*flags, "--batch-size=9"]] * 2, "--batch-size 9: not divisible by the 2 devices"),
         ([[*flags, "--parallel=pmap"]] * 2, "--parallel pmap: takes the devices of one process"),
     ):
