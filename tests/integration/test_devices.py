@@ -59,3 +59,17 @@ def test_a_sharded_state_trains_the_same(case):
         assert 0 < one[:, 2].sum() < len(one)
     elif case == "no clip":
         assert one[:, 1].max() > 0.2  # where the other cases clip
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_any_layout_goes_on_in_any_other(tmp_path):
+    """8 devices to 1, fsdp 4 to data 2, and others: the state to the last bit, and the same next 20 losses."""
+    script = Path(__file__).with_name("restored_layouts.py")
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True, check=True)
+    pairs = json.loads(done.stdout)
+    assert len(pairs) == 4
+    for pair in pairs:
+        assert pair["equal"] and len(set(pair["losses"])) == 20
+        # float64: sums in another order, 1e-16 each, which Adam amplifies.
+        np.testing.assert_allclose(pair["losses"], pair["expected"], rtol=0, atol=1e-10)
