@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.conftest import ROOT, SMALL, read_state, recorded
 
@@ -78,9 +80,16 @@ def same_to_the_last_bit(a: Path, b: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(processes, command, text_file, tmp_path):
+@pytest.mark.parametrize("streams", [False, True], ids=["a text", "a corpus in shards"])
+def test_two_processes_train_what_one_does(processes, command, text, text_file, tmp_path, streams):
     """A sum of two is the same in both orders, so all is equal to the last bit; one process speaks and writes."""
     more = ["--steps=21", "--sample-every=20"]
+    if streams:
+        (tmp_path / "corpus").mkdir()
+        for number in range(3):
+            rows = pyarrow.table({"text": text.split()[number::3]})
+            parquet.write_table(rows, tmp_path / "corpus" / f"train-{number:05}-of-00003.parquet", row_group_size=500)
+        more += [f"--dataset=hf:{tmp_path / 'corpus'}", "--streaming=always", "--tokenizer=byte", "--packing=chunks"]
     flags = [*FLAGS, *more, "--out-dir", tmp_path / "two"]
     (code, out, err), (other_code, other_out, other_err) = ended(processes([flags, flags]))
     assert (code, other_code) == (0, 0), err + other_err
