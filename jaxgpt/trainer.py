@@ -212,7 +212,7 @@ class Trainer:
             self._call_periodic()
             n_steps = self._next_dispatch()
             begun = time.perf_counter()
-            source = self.task.loader.take(self.done, n_steps)
+            source = self._take(n_steps, self.done > done_first)
             self.state, metrics = self.executor.train_steps(self.state, source, n_steps)
             elapsed = time.perf_counter() - begun
             self.first_step_s = self.first_step_s or time.perf_counter() - self._process_started
@@ -263,6 +263,17 @@ class Trainer:
             f"{summary['params']:,} parameters, {self.done} steps in {summary['wall_s']:.0f} s "
             f"({self.tokens_per_s:,.0f} tokens/s; first step after {self.first_step_s or 0:.1f} s); all in {run.path}"
         )
+
+    def _take(self, n_steps: int, has_trained: bool) -> Any:
+        """The source of the next batches. Saves first, if they cannot be had: a corpus may be out of reach for long."""
+        try:
+            return self.task.loader.take(self.done, n_steps)
+        except UserError:
+            # Of several processes the others wait for this one in the next step, and can save nothing.
+            if has_trained and not distributed.is_distributed():
+                self._save()
+                self._finish_saves()
+            raise
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:

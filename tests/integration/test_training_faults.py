@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, SMALL, read_state
 
 from jaxgpt import progress
+from jaxgpt.data.loader import HostLoader
+from jaxgpt.errors import UserError
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.optimizer import learning_rate
 from jaxgpt.parallel import Executor
@@ -89,6 +91,26 @@ def test_a_warning_signal_saves_and_stops_or_goes_on(cli, trained, text_file, tm
     assert "SIGUSR2: saved after " in done.stdout and "SIGUSR1: saved after " in done.stdout
     for name in ("steps.csv", "sample.txt"):
         assert (out / name).read_bytes() == (trained / name).read_bytes(), name
+    assert_same_state(out, trained, 60)
+
+
+@pytest.mark.slow
+def test_where_the_batches_end_it_saves_and_goes_on_later(cli, trained, text_file, tmp_path, monkeypatch):
+    out, take = tmp_path / "run", HostLoader.take
+
+    def until_step_33(self, step, n_steps):
+        if step + n_steps > 33:
+            raise UserError("--dataset hf:far: the file cannot be had; start again: it goes on")
+        return take(self, step, n_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostLoader, "take", until_step_33)
+        done = cli("train", *flags(text_file, out, "--loader=host"))
+    assert done.returncode == 2 and done.stderr.startswith("error: --dataset hf:far"), done.stderr
+    n_done = len((out / "steps.csv").read_text().splitlines()) - 1
+    assert 0 < n_done == checkpoints(out)[-1] <= 33
+    done = cli("train", *flags(text_file, out, "--loader=host"))
+    assert done.returncode == 0 and f"resuming after {n_done} of 60" in done.stdout, done.stderr
     assert_same_state(out, trained, 60)
 
 
