@@ -329,7 +329,7 @@ def test_what_is_sharded_and_along_which_axis():
 @pytest.mark.parametrize("fused_qkv", [False, True])
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_the_backward_pass_gathers_a_blocks_parameters_again(fused_qkv, remat):
-    """As lowered: XLA's CPU backend finds that both gathers give the same, and keeps one."""
+    """As lowered: XLA's CPU backend may find that both gathers give the same, and keep one."""
     config = dataclasses.replace(SMALL, dtype="bfloat16", remat=remat)
     numerics = dataclasses.replace(parallel.numerics(config), fused_qkv=fused_qkv)
     executor = parallel.Executor(LanguageModelingObjective(config, 50, numerics), jax.devices()[:2], "fsdp=2")
@@ -355,9 +355,13 @@ def test_the_compiled_steps_gather_parameters_and_nothing_else():
     config = dataclasses.replace(SMALL, model=ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=12))
     sharded, whole = executor_of(config, 2, "fsdp=2"), executor_of(config, 2)
     found, compiled = collectives(sharded)
-    shapes = [p.shape for p in sharded.objective.param_shapes.values()]
+    by_name = {name: p.shape for name, p in sharded.objective.param_shapes.items()}
+    shapes = list(by_name.values())
     of_matrices = sorted(shape for shape in shapes if len(shape) == 2)
-    assert sorted(shape for kind, shape in found if kind == "all-gather") == of_matrices
+    again = [shape for name, shape in by_name.items() if len(shape) == 2 and name.startswith("blocks.")]
+    gathered = sorted(shape for kind, shape in found if kind == "all-gather")
+    # For the backward pass, too, unless XLA finds that both gathers of a block give the same, as jax 0.10's does.
+    assert gathered in (of_matrices, sorted(of_matrices + again))
     scattered = [math.prod(shape) for kind, shape in found if kind == "reduce-scatter"]
     assert sum(scattered) == sum(map(math.prod, of_matrices)) // 2 and len(scattered) == len(of_matrices)
     # What stays whole, with the loss and its count; the shards, on a data axis of size 1; the squared norm.
