@@ -294,9 +294,7 @@ def keep(title: str, results: Mapping[str, Result]) -> None:
 
 
 def write_page(kept: Mapping[str, Mapping[str, Result]]) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{sections(kept)}\n{END}{after}", encoding="utf-8")
+    page.write_between(PAGE, BEGIN, END, f"\n{sections(kept)}\n")
 
 
 def sections(kept: Mapping[str, Mapping[str, Result]]) -> str:

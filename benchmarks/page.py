@@ -102,9 +102,14 @@ def record(results: list[dict[str, Any]]) -> None:
         # One run measures the steps, the scaling or the loop; what it does not measure stays.
         kept.setdefault(title_of(result), {}).setdefault(result["preset"], {}).update(result)
     path.write_text(strict_json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    page = (FOLDER / "benchmarks.md").read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    (FOLDER / "benchmarks.md").write_text(f"{before}{BEGIN}\n{tables(kept)}{END}{after}", encoding="utf-8")
+    write_between(FOLDER / "benchmarks.md", BEGIN, END, tables(kept))
+
+
+def write_between(page: Path, begin: str, end: str, content: str) -> None:
+    """Replaces what stands between two lines of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}\n{content}{end}{after}", encoding="utf-8")
 
 
 def tables(kept: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page
 from jaxgpt import strict_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,9 +72,7 @@ def read_record() -> dict[str, Any]:
 
 
 def write_page(kept: dict[str, Any]) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(kept)}\n\n{END}{after}", encoding="utf-8")
+    page.write_between(PAGE, BEGIN, END, f"\n{table(kept)}\n\n")
 
 
 def table(kept: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import table
+from benchmarks.page import table, write_between
 from jaxgpt import parallel
 from jaxgpt.analysis.scaling import Footprint, footprint
 from jaxgpt.analysis.targets import parse_target
@@ -95,9 +95,7 @@ def _size(n_bytes: float) -> str:
 
 
 def main() -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, f"\n{tables()}\n")
 
 
 if __name__ == "__main__":

@@ -293,7 +293,8 @@ class Trainer:
         """
         received = [sum(1 << number for number in set(signals)) for signals in (stop, warnings)]  # as bits
         rows = distributed.all_gather([*received, self.lost_output is not None, self._steps_per_dispatch])
-        stopped, warned = ([n for n in range(32) if np.bitwise_or.reduce(rows[:, i]) >> n & 1] for i in (0, 1))
+        of_any = np.bitwise_or.reduce(rows[:, :2]).tolist()
+        stopped, warned = ([n for n in range(32) if bits >> n & 1] for bits in of_any)
         self._steps_per_dispatch = int(rows[:, 3].min())
         if self.policy.on_warning_signal == "stop":
             stopped += warned

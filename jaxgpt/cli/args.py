@@ -33,6 +33,12 @@ class BatchTokens:
     """The batch in tokens, in place of --batch-size: a multiple of a row's tokens, that is of --model.block-size, or
     in fine-tuning of --max-tokens (0 = by --batch-size)."""
 
+    def __post_init__(self):
+        if self.batch_tokens:
+            assert isinstance(self, TrainConfig | FinetuneConfig), "comes before one of them"
+            object.__setattr__(self, "batch_size", _rows_of(self.batch_tokens, self))
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
+
 
 @dataclass(frozen=True)
 class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainConfig):
@@ -50,13 +56,11 @@ class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainCon
     """Where the tokens are kept; the batches are the same. auto: on the device while they are few for its memory."""
 
     def __post_init__(self):
-        if self.batch_tokens:
-            object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
+        super().__post_init__()
         self.check_processes()
         if self.distributed:
             remedy = "a save that fails in one process ends all; leave it out with --distributed"
             require(self.on_save_error == "stop", "on_save_error", self.on_save_error, remedy)
-        super().__post_init__()
 
 
 def config_of(flags: TrainConfig) -> TrainConfig:
@@ -64,7 +68,7 @@ def config_of(flags: TrainConfig) -> TrainConfig:
     return TrainConfig(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
-def rows_of(batch_tokens: int, flags: TrainConfig | FinetuneConfig) -> int:
+def _rows_of(batch_tokens: int, flags: TrainConfig | FinetuneConfig) -> int:
     """The batch size that --batch-tokens gives. Raises `UserError` if there is none, or another one was given too."""
     if isinstance(flags, FinetuneConfig):
         time, default = "--max-tokens", FinetuneConfig.batch_size

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxgpt.cli.args import BatchTokens, parse_flags, rows_of
+from jaxgpt.cli.args import BatchTokens, parse_flags
 from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ModelConfig
 from jaxgpt.signals import warning_signals
 
@@ -28,11 +28,6 @@ class FinetuneFlags(BatchTokens, FaultPolicy, DeviceLayout, FinetuneConfig):
     # Not flags: these follow from RUN and the epochs.
     model: tyro.conf.Suppress[ModelConfig] = dataclasses.field(default_factory=lambda: ModelConfig(block_size=10**6))
     steps: tyro.conf.Suppress[int] = 0
-
-    def __post_init__(self):
-        if self.batch_tokens:
-            object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
-        super().__post_init__()
 
 
 def main(args: list[str], started: float | None = None) -> int:

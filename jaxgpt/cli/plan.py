@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxgpt import strict_json
 from jaxgpt.analysis.targets import CHIPS, compile_without_accelerators, parse_target
-from jaxgpt.cli.args import BatchTokens, config_of, parse_train_flags, rows_of
+from jaxgpt.cli.args import BatchTokens, config_of, parse_train_flags
 from jaxgpt.config import DeviceLayout, TrainConfig, mesh_shape
 from jaxgpt.data.files import atomic_write
 from jaxgpt.errors import UserError, require, require_writable
@@ -33,8 +33,6 @@ class PlanFlags(BatchTokens, DeviceLayout, TrainConfig):
     """Also write the plan to this file."""
 
     def __post_init__(self):
-        if self.batch_tokens:
-            object.__setattr__(self, "batch_size", rows_of(self.batch_tokens, self))
         super().__post_init__()
         require(0 <= self.vocab_size <= 10**7, "vocab_size", self.vocab_size, "give a number from 0 to 10000000")
         require(0 < self.tokens < math.inf, "tokens", self.tokens, "give a number above 0")

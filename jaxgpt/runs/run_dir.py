@@ -250,9 +250,7 @@ def create_together(
     told, there, sha256 = distributed.broadcast((own, configs.to_json(config), corpus.sha256))
     if run is not None:
         return run
-    fields = configs.differences(configs.from_json(there), config)
-    different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
-    different += [f"--dataset {config.dataset} with another text"] if sha256 != corpus.sha256 else []
+    different = _differences(configs.from_json(there), sha256, config, corpus.sha256)
     if not different and told["identity"]["tokenizer.json"] != _tokenizer_digest(tokenizer.to_json()):
         different = ["another vocabulary"]
     if different:
@@ -449,14 +447,20 @@ def recorded_dataset(path: Path | None) -> str | None:
         return None
 
 
+def _differences(there: Any, sha256_there: str, here: Any, sha256_here: str) -> list[str]:
+    """In what two configurations differ, or if in nothing, their texts: flags with both values."""
+    fields = configs.differences(there, here)
+    different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
+    if not different and sha256_there != sha256_here:
+        different = [f"--dataset {here.dataset} with another text"]
+    return different
+
+
 def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord, dict[str, str]]:
     """What data.json of the run in the folder says, and digests by file. Raises `UserError` if it is another run."""
     with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
         there, data, digests = read_config_and_data(run.path)
-    fields = configs.differences(there, run.config)
-    different = [f"{flag(name)} {old} there, {new} here" for name, old, new in fields]
-    if not different and data.sha256 != run.data_sha256:
-        different = [f"--dataset {run.config.dataset} with another text"]
+    different = _differences(there, data.sha256, run.config, run.data_sha256)
     if not different and base and (data.base is None or data.base.sha256 != base["sha256"]):
         different = [f"other weights to start from than those of {base['run']} after {base['step']} steps"]
     if not different and (own := _loadable_tokenizer(run.path)) and not tokenizers.same(own, run.tokenizer):
