@@ -56,7 +56,11 @@ def causal_attention(
         )
         out_GTD = _blocked_attention(q_GTD, k_GTD, v_GTD)
         return out_GTD.reshape(n_rows, n_head, n_queries, head_size).transpose(0, 2, 1, 3)
-    att_BHTS = attention_weights(q_BTHD, k_BSHD, start, document_BT)
+    return weighted_values(attention_weights(q_BTHD, k_BSHD, start, document_BT), v_BSHD)
+
+
+def weighted_values(att_BHTS: Array, v_BSHD: Array) -> Array:
+    """The sum of the values, weighted by each query's attention, [B, T, H, D] in the values' dtype."""
     att_BHTS = att_BHTS.astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
     return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
 

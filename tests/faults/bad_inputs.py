@@ -137,9 +137,10 @@ SWITCHES = ["maybe", "1"]
 POSITIVE = {  # 0 is refused
     *("batch_size", "checkpoint_every", "keep_checkpoints", "steps", "sample_tokens", "lr", "eps", "eval_every"),
     *("max_new_tokens", "samples", "max_tokens", "stride", "top_p", "model.n_layer", "model.n_head", "model.n_embd"),
-    *("model.block_size", "tokens"),
+    *("model.block_size", "tokens", "model.layer_norm_eps"),
 }
-BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout"}  # 1 is refused
+# 1 is refused
+BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout", "model.attention_dropout", "model.layer_norm_eps"}
 
 INPUT_FILES = [MISSING, "nothing", "folder", "pipe", "dangling", "loop", "good.txt/x", LONG, NUL, SURROGATE, "a\nb", ""]
 DATA_DIRS = [MISSING, "nothing", "good.txt", "pipe", "loop", "dangling", "good.txt/x", LONG, NUL, SURROGATE]

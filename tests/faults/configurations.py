@@ -63,6 +63,7 @@ VALID: dict[str, list[Any]] = {
     "model.n_head": [1, 2, 3, 4],
     "model.n_embd": [1, 2, 4, 6, 12],
     "model.block_size": [1, 2, 7, 16],
+    "model.layer_norm_eps": [1e-12, 1e-5, 0.5],
 }
 INTEGERS, FLOATS = [0, 1, 2, 3], [0.0, 0.1, 0.5, 0.999]
 INVALID = ["", "-1", "nan", "inf", "1e3", "many", "9" * 30, "-0.5", "2147483648", "None", "0"]
