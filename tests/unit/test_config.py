@@ -72,7 +72,7 @@ def test_gpt2s_recipes_are_as_published():
     for name, lr in rates.items():
         c, is_largest = PRESETS[name], name == "gpt2-xl"
         assert (c.preset, c.tokens_per_step, c.steps) == (name, tokens * (1 + is_largest), steps[name])
-        assert (c.lr, c.min_lr, c.warmup_steps, c.schedule) == (lr, 0.1 * lr * is_largest, 700, "warmup-cosine")
+        assert (c.lr, c.min_lr, c.warmup_steps, c.schedule) == (lr, 6e-5 * is_largest, 700, "warmup-cosine")
         assert (c.beta1, c.beta2, c.eps, c.clip, c.decay, c.decay_mask) == (0.9, 0.95, 1e-8, 1.0, 0.1, "matrices")
         assert (c.tokenizer, c.packing) == ("gpt2", "chunks")
         assert dataclasses.astuple(c.model)[3:] == (1024, 0.0, True, "tanh", "gpt2", *OTHERS)
