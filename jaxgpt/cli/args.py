@@ -50,6 +50,9 @@ class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainCon
     """Folder to look for datasets in first."""
     overwrite: bool = False
     """Start again if --out-dir holds a run."""
+    init_from: str | None = None
+    """Weights to start from, with their model and tokenizer: a run, a folder or repository of Hugging Face's GPT-2,
+    nanoGPT's ckpt.pt, llm.c's .bin, or a safetensors file. Default: random weights."""
     summary: bool = False
     """Print layers, shapes, parameters, FLOP per token and the memory that a step needs before training."""
     loader: Literal["auto", "device", "host"] = "auto"

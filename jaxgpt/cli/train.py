@@ -37,4 +37,4 @@ def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name)
     rest = (display, started, flags.data_dir, flags.loader, flags.summary)
-    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags, flags.mesh)
+    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags, flags.mesh, flags.init_from)

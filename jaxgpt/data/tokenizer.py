@@ -323,6 +323,11 @@ def visible(tokenizer: Tokenizer, i: int) -> str:
     return "".join(_MARKS.get(c) or (c if c.isprintable() else f"U+{ord(c):04X}") for c in text)
 
 
+def choice(tokenizer: Tokenizer) -> str:
+    """The value of `--tokenizer` that makes a tokenizer of this kind and size."""
+    return f"bpe:{tokenizer.vocab_size}" if isinstance(tokenizer, BpeTokenizer) else tokenizer.kind
+
+
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The text of the ids."""
     return "".join(tokenizer.decode_stream(ids))

@@ -183,6 +183,7 @@ NAMES: dict[str, list[str | None]] = {
     "optimizer_state": INPUT_FILES,
     "out": NEW_FOLDERS,
     "run": INPUT_FILES,
+    "init_from": INPUT_FILES,
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
     "json": NEW_FILES,
     "target": [MISSING, "", "v5", "v5e:", "v5e:0x1", "v5e:8", "v5e:2x2x1", "v5p:2x2", "h100", "H100:0", "H100:9", NUL],

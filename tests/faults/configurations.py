@@ -30,7 +30,7 @@ BASE = {
 }  # fmt: skip
 # Other processes would be waited for.
 PROCESSES = {"distributed", "coordinator", "num_processes", "process_id"}
-NOT_DRAWN = {"run", "texts", "out_dir", "data_dir", "overwrite", *PROCESSES}
+NOT_DRAWN = {"run", "init_from", "texts", "out_dir", "data_dir", "overwrite", *PROCESSES}
 # Of the numbers and names whose valid values are others than those of their type in general.
 VALID: dict[str, list[Any]] = {
     "dataset": ["file:words.txt", "file:rows.csv", "file:rows.jsonl", "nothing,file:words.txt"],
