@@ -91,7 +91,7 @@ def load(path: Path, flag: str) -> Any:
         raise UserError(f"{flag} {path}: cannot be read ({e.strerror or e}); give a readable file") from None
     except (
         *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError),  # of zipfile, which names no base
-        *(ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError),  # of a pickle that makes no sense
+        *(ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError),  # of a senseless pickle
     ) as e:
         reason = f"{type(e).__name__}: {str(e)[:200]}"
         raise UserError(f"{flag} {path}: is no sound file of torch.save ({reason}); save it again") from None
