@@ -231,7 +231,7 @@ class BpeTokenizer(_BytePairTokenizer):
 
         self._model = model
         tokenizer = tokenizers.Tokenizer.from_str(model)
-        byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
+        byte_of = {char: byte for byte, char in enumerate(byte_chars())}
         by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if [i for _, i in by_id] != list(range(len(by_id))):
             raise ValueError("the ids of the tokens are not 0, 1, 2, ...")
@@ -467,7 +467,7 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(strict_json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _byte_chars() -> list[str]:
+def byte_chars() -> list[str]:
     """GPT-2's printable character for each byte: its own if it prints, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -259,7 +259,7 @@ def save(path: Path, values: Any) -> None:
         write("byteorder", b"little")
         for key, array in enumerate(arrays.values()):
             little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-            write(f"data/{key}", memoryview(little.reshape(-1)).cast("B") if little.size else b"")
+            write(f"data/{key}", little.tobytes())
         write("version", b"3\n")
 
 

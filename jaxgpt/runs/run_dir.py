@@ -480,6 +480,11 @@ def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord,
     """What data.json of the run in the folder says, and digests by file. Raises `UserError` if it is another run."""
     with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
         there, data, digests = read_config_and_data(run.path)
+    if not data.dataset:
+        raise UserError(
+            f"--out-dir {run.path}: holds a model that was imported without a text; train from it with --init-from "
+            f"{run.path}, into another folder"
+        )
     different = _differences(there, data.sha256, run.config, run.data_sha256)
     if not different and base and (data.base is None or data.base.sha256 != base["sha256"]):
         different = [f"other weights to start from than those of {base['run']} after {base['step']} steps"]
