@@ -97,8 +97,8 @@ def train(
         LossNotFinite: a loss or a gradient is not finite.
         SystemExit: a signal stopped it; what is done is saved, and the same call goes on.
     """
-    folders = (None if folder is None else Path(folder) for folder in (out_dir, data_dir))
-    path, code = train_or_resume(config, *folders, overwrite, ProgressDisplay(not quiet))
+    out, data = (None if folder is None else Path(folder) for folder in (out_dir, data_dir))
+    path, code = train_or_resume(config, out, data, overwrite, ProgressDisplay(not quiet))
     if code:
         raise SystemExit(code)
     return path

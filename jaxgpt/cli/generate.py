@@ -90,7 +90,9 @@ def _interact(model: Any, flags: GenerateFlags) -> None:
             if not line:
                 break
             try:
-                _show(model, [line.rstrip("\r\n")], flags)
+                if not (prompt := line.rstrip("\r\n")):
+                    raise UserError("the line is empty; give at least one character to continue")
+                _show(model, [prompt], flags)
             except UserError as e:
                 print_error(e, 2)
     except KeyboardInterrupt:

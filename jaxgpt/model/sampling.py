@@ -191,7 +191,8 @@ def _compiled(model: Callable[[Params], GPT], config: ModelConfig, choice: _Choi
         """The i-th new token of each row, int32 [B], from the hidden states [B, C]; and `seen_BV` with it."""
         logits_BV = next_logits(bound, x_BC)
         if seen_BV is not None:
-            logits_BV = penalize_repetition(logits_BV, seen_BV, choice.repetition_penalty)
+            penalize = partial(penalize_repetition, penalty=choice.repetition_penalty)
+            logits_BV = jax.vmap(penalize)(logits_BV, seen_BV)
         vocab_size = logits_BV.shape[-1]
         top_k = min(choice.top_k or vocab_size, vocab_size)
         pick = partial(choose, temperature=choice.temperature, top_k=top_k, top_p=choice.top_p, min_p=choice.min_p)
