@@ -136,7 +136,17 @@ CHOICES = [MISSING, "", "none-of-these", "Auto", NUL]
 SWITCHES = ["maybe", "1"]
 POSITIVE = {  # 0 is refused
     *("batch_size", "checkpoint_every", "keep_checkpoints", "steps", "sample_tokens", "lr", "eps", "eval_every"),
-    *("max_new_tokens", "samples", "max_tokens", "stride", "top_p", "model.n_layer", "model.n_head", "model.n_embd"),
+    *(
+        "max_new_tokens",
+        "samples",
+        "max_tokens",
+        "stride",
+        "top_p",
+        "repetition_penalty",
+        "model.n_layer",
+        "model.n_head",
+        "model.n_embd",
+    ),
     *("model.block_size", "tokens"),
 }
 BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout"}  # 1 is refused
@@ -171,6 +181,8 @@ NAMES: dict[str, list[str | None]] = {
     "label_column": [MISSING, "class", "Label", "text,label"],
     "tokenizer": [MISSING, "", "Char", "gpt3", "bpe", "bpe:", "bpe:-1", "bpe:256", "bpe:1000001", "bpe:٣٠٠", "bpe:1e3"],
     "prompt": [MISSING, "", "\0", SURROGATE],
+    "prompts_file": INPUT_FILES[:-1],
+    "stop": [MISSING, ""],
     "preset": [MISSING, "", "minigtp", "MINIGPT", NUL],
     "attention": [MISSING, "", SURROGATE],
     "surprise": [MISSING, "", "l", SURROGATE],
@@ -351,6 +363,10 @@ def contradictory() -> Iterator[BadInput]:
     yield _line("generate", "--samples=1001", "--samples 1001", "at most")
     yield _line("generate", "--samples=2 --seed=2147483647", "--samples 2", "--seed")
     yield _line("generate", "--top-p=1.5", "--top-p 1.5")
+    yield _line("generate", "--min-p=1.5", "--min-p 1.5")
+    yield _line("generate", "--interactive", "--interactive")
+    for path in ("nothing", "folder", "pipe", "/dev/zero", "loop"):
+        yield BadInput(("generate", "run", f"--prompts-file={path}"), (f"--prompts-file {path}",))
     yield _line("evaluate", "--stride=9", "--stride 9", "block of 8")
     yield _line("inspect", "", "RUN", "--gradients")
     yield _line("inspect", "--gradients --attention=la", "--gradients and --attention")
