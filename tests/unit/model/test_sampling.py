@@ -83,6 +83,7 @@ def test_the_warpers_are_those_of_transformers(kwargs):
     assert np.ptp(got[stays] - expected[stays]) < 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_greedy_text_is_that_of_transformers(penalty):
     """GPT-2 of Hugging Face with random weights, in float64, of two prompts, token for token."""
@@ -91,8 +92,8 @@ def test_greedy_text_is_that_of_transformers(penalty):
     sizes = dict(n_positions=24, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=31, **sizes)).double().eval()
     with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(p * 8 if p.ndim == 2 else p + 0.1 * torch.randn(p.shape))
+        for name, p in theirs.named_parameters():  # the positions weigh most, else a text repeats one token
+            p.copy_(p * (60 if "wpe" in name else 8) if p.ndim == 2 else p)
     prompts = np.random.default_rng(0).integers(0, 31, (2, 4))
     idx = torch.from_numpy(prompts)
     flags = dict(attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False, repetition_penalty=penalty)
@@ -105,7 +106,7 @@ def test_greedy_text_is_that_of_transformers(penalty):
         params = jax.tree.map(jnp.asarray, torch_names.from_torch(torch_names.tutorial_names(state), like))
         sampled = SamplingConfig(max_new_tokens=20, temperature=0, repetition_penalty=penalty)
         steps = list(sampling.generate_batch(gpt.bind(config, 31, numerics), params, config, prompts, sampled))
-    assert (np.stack(steps, axis=1) == expected).all() and len(np.unique(expected)) > 3
+    assert (np.stack(steps, axis=1) == expected).all() and len(np.unique(expected)) > 5
 
 
 @pytest.fixture(scope="module")
