@@ -31,8 +31,8 @@ CASES: list[Case] = [
     ("gpt2", "v5e:1", GPT2_ROWS, "--remat block"),
     ("gpt2", "H100", GPT2_ROWS, "--remat dots"),
     ("gpt2", "H100", GPT2_ROWS, "--remat block"),
-    ("gpt2", "v5e:1", None, "--grad-accum 4"),
-    ("gpt2", "v5e:1", None, ""),
+    ("gpt2", "v5e:1", 4 * GPT2_ROWS, "--grad-accum 4"),
+    ("gpt2", "v5e:1", 4 * GPT2_ROWS, ""),
     ("gpt2", "v5e:2x2", 4 * GPT2_ROWS, "--mesh fsdp=4"),
     ("gpt2", "H100:8", 8 * GPT2_ROWS, "--mesh fsdp=8"),
 ]

@@ -9,7 +9,7 @@ The names of the library are imported from their modules when they are first use
     generate    its continuations of prompts
     stream      its continuation of one prompt, piece by piece
     evaluate    its loss over a split
-    import_run, export_run   weights from PyTorch and to it
+    import_run, export_run   a model of Hugging Face, nanoGPT or llm.c as a run, and a run's model for them
     UserError   what a user can put right
 """
 

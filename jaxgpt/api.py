@@ -77,6 +77,7 @@ def train(
     data_dir: str | Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    init_from: str | None = None,
 ) -> Path:
     """Trains a language model to the end, or resumes the run of the same configuration in `out_dir`.
 
@@ -88,6 +89,7 @@ def train(
         data_dir: a folder to look for datasets in first.
         overwrite: start again if `out_dir` holds a run.
         quiet: print nothing.
+        init_from: a run or another's model to start from, as `jaxgpt train --init-from` takes it.
 
     Returns:
         The run folder, for `load`.
@@ -98,7 +100,7 @@ def train(
         SystemExit: a signal stopped it; what is done is saved, and the same call goes on.
     """
     out, data = (None if folder is None else Path(folder) for folder in (out_dir, data_dir))
-    path, code = train_or_resume(config, out, data, overwrite, ProgressDisplay(not quiet))
+    path, code = train_or_resume(config, out, data, overwrite, ProgressDisplay(not quiet), init_from=init_from)
     if code:
         raise SystemExit(code)
     return path
@@ -115,12 +117,13 @@ def train_or_resume(
     summarise: bool = False,
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
     mesh: str = "",
+    init_from: str | None = None,
 ) -> tuple[Path, int]:
     """`train` with all that `jaxgpt train` takes.
 
     Args:
         started: `time.perf_counter()` at the start, for the time to the first step; by default now.
-        loader, summarise, policy, mesh: as of `tasks.language_modeling.train`.
+        loader, summarise, policy, mesh, init_from: as of `tasks.language_modeling.train`.
 
     Returns:
         The run folder, and the exit code: 0, or 128 + the signal that stopped the training.
@@ -138,7 +141,7 @@ def train_or_resume(
     config = dataclasses.replace(config, dataset=corpus.name)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
     rest = (display, started, data_dir, loader, summarise)
-    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh)
+    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from)
 
 
 def load(path: str | Path, checkpoint: Checkpoint = "result") -> LanguageModel:
@@ -259,51 +262,59 @@ def evaluate(
 
 
 def import_run(
-    config: TrainConfig,
-    weights: str | Path,
+    path: str,
     out_dir: str | Path,
-    optimizer_state: str | Path | None = None,
+    config: TrainConfig | None = None,
     data_dir: str | Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Makes a run from PyTorch's weights, safetensors files, as `jaxgpt convert import` does.
+    """Makes a run from another's model, as `jaxgpt convert import` does.
 
     Args:
-        config: from `configure`: the model's shape, and the data that gives its vocabulary.
-        weights, optimizer_state: as of `interop.import_export.import_run`.
+        path: a folder or repository of Hugging Face's GPT-2, nanoGPT's ckpt.pt, llm.c's .bin, or a safetensors file.
         out_dir: the folder of the run.
+        config: from `configure`, what the run trains on and how; the model's shape comes from `path`. By default the
+            run holds the model alone.
+        data_dir: a folder to look for datasets in first.
+        say: takes lines about what is read, assumed and left out.
 
     Returns:
         The run folder, for `load`.
 
     Raises:
-        UserError: the folder holds a run, or a file does not fit the model; nothing has been written then.
+        UserError: the folder holds a run, or there is no model at `path`; nothing has been written then.
     """
     from jaxgpt.data.corpora import load_corpus
     from jaxgpt.interop import import_export
+    from jaxgpt.interop.pretrained import load_pretrained
 
     folder = None if data_dir is None else Path(data_dir)
-    corpus = load_corpus(config.dataset, folder, say, config.text_column, config.streaming)
-    config = dataclasses.replace(config, dataset=corpus.name)
-    state = None if optimizer_state is None else Path(optimizer_state)
-    import_export.import_run(config, corpus, Path(weights), state, Path(out_dir), overwrite, say, folder)
+    config, corpus = config or TrainConfig(dataset=""), None
+    if config.dataset:
+        corpus = load_corpus(config.dataset, folder, say, config.text_column, config.streaming)
+        config = dataclasses.replace(config, dataset=corpus.name)
+    import_export.require_new_run(Path(out_dir), overwrite, {"PATH": path})
+    pretrained = load_pretrained(path, "PATH", data_dir=folder, say=say)
+    config = import_export.imported_config(config, pretrained)
+    import_export.import_run(config, corpus, pretrained, f"PATH {path}", Path(out_dir), overwrite, say, folder)
     return Path(out_dir)
 
 
 def export_run(
     path: str | Path,
     out: str | Path,
+    to: Literal["huggingface", "nanogpt", "safetensors"] = "huggingface",
     checkpoint: Checkpoint = "result",
-    optimizer_state: str | Path | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Writes a run's weights to a safetensors file for PyTorch, as `jaxgpt convert export` does.
+    """Writes a run's model for PyTorch, as `jaxgpt convert export` does.
 
     Args:
         path: a run folder.
-        out: the file for the weights.
-        optimizer_state: a file for the optimizer state.
+        out: the file to write; with `to` "huggingface" a folder.
+        to: "huggingface" for `AutoModelForCausalLM` and `AutoTokenizer`, "nanogpt" for its ckpt.pt, or "safetensors"
+            for the weights alone.
 
     Returns:
         The checkpoint's number of updates.
@@ -313,5 +324,9 @@ def export_run(
     """
     from jaxgpt.interop import import_export
 
-    state = None if optimizer_state is None else Path(optimizer_state)
-    return import_export.export_run(Path(path), checkpoint, Path(out), state, overwrite)
+    where = Path(path), checkpoint, Path(out)
+    if to == "huggingface":
+        return import_export.export_huggingface(*where, overwrite)
+    if to == "nanogpt":
+        return import_export.export_nanogpt(*where, overwrite)
+    return import_export.export_safetensors(*where, None, overwrite)

@@ -34,6 +34,12 @@ class ModelConfig:
     """erf: exact, as documented. tanh: the approximation of GPT-2."""
     init: Literal["documented", "gpt2"] = "documented"
     """documented: N(0, 0.02), biases as in PyTorch. gpt2: biases 0, residual projections over sqrt(2 n_layer)."""
+    bias: bool = True
+    """Linear and LayerNorm add a bias; without, as in nanoGPT, neither does. (The head over tokens never does.)"""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of LayerNorm, added to the variance."""
+    attention_dropout: float = 0.0
+    """Probability of zeroing an attention weight. No flash attention then: it never stores the weights."""
 
     def __post_init__(self):
         require_int32(self, prefix="model.")
@@ -47,7 +53,16 @@ class ModelConfig:
             self.n_embd,
             f"not divisible by --model.n-head {self.n_head}; choose a multiple of {self.n_head}",
         )
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "give a probability from 0 up to, not with, 1")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"model.{name}", value, "give a probability from 0 up to, not with, 1")
+        eps = self.layer_norm_eps
+        require(0 < eps < 1, "model.layer_norm_eps", eps, "give a number above 0 and below 1")
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws dropout masks."""
+        return self.dropout > 0 or self.attention_dropout > 0
 
     def flop_per_token(self, n_counted: int) -> dict[str, int]:
         """Floating-point operations of a token, forward and backward, in the two usual counts.
@@ -263,7 +278,17 @@ class DataConfig:
 class LoopConfig(DataConfig, RunConfig):
     """What is trained on, for how many epochs, and what is reported."""
 
-    preset: Literal["tinygpt", "minigpt", "wikitext2", "nanogpt-char", "nanogpt-cpu", "gpt2"] = "minigpt"
+    preset: Literal[
+        "tinygpt",
+        "minigpt",
+        "wikitext2",
+        "nanogpt-char",
+        "nanogpt-cpu",
+        "gpt2",
+        "gpt2-medium",
+        "gpt2-large",
+        "gpt2-xl",
+    ] = "minigpt"
     """The documented loop whose values are the defaults of all other flags."""
     epochs: int = 0
     """Passes over all chunks (0 = no limit but --steps)."""

@@ -46,10 +46,11 @@ def count_params(model: ModelConfig, vocab_size: int, n_classes: int | None) -> 
         n_classes: the size of a classifier's head; None for a language model.
     """
     C = model.n_embd
-    block = 12 * C * C + 13 * C  # four projections, the MLP's two, their biases, and two norms
+    block = 12 * C * C + (13 if model.bias else 2) * C  # four projections, the MLP's two, their biases, and two norms
+    norm = (2 if model.bias else 1) * C
     tables = 1 if model.tied_head or n_classes is not None else 2
     classifier = 0 if n_classes is None else (C + 1) * n_classes
-    return ParamCounts(tables * vocab_size * C, model.block_size * C, model.n_layer * block, 2 * C + classifier)
+    return ParamCounts(tables * vocab_size * C, model.block_size * C, model.n_layer * block, norm + classifier)
 
 
 def n_moments(config: OptimizerConfig) -> int:

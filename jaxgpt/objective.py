@@ -76,7 +76,7 @@ class Objective:
 
     def dropout_keys(self, step: Array, local_rows: LocalRows = whole_batch) -> Array | None:
         """A step's dropout keys, one for each of the device's rows; None without dropout."""
-        if not self.config.model.dropout:
+        if not self.config.model.has_dropout:
             return None
         return rng.row_keys(self.config.seed, step, local_rows(jnp.arange(self.config.batch_size)))
 

@@ -135,6 +135,8 @@ def numerics(config: TrainConfig | FinetuneConfig, device: Any = None) -> Numeri
 def _flash_attention(device: Any, config: TrainConfig | FinetuneConfig) -> AttentionImplementation:
     """The attention of a training step in bfloat16: a kernel of the device where it takes these sizes, else "xla"."""
     head_size = config.model.n_embd // config.model.n_head
+    if config.model.attention_dropout:  # the kernels have no mask of what is dropped
+        return "xla"
     if device.platform == "tpu":
         # The kernels' blocks are multiples of the 128 lanes of a register; wider heads were not compiled.
         return "splash" if config.n_time % 128 == 0 and head_size <= 256 else "xla"

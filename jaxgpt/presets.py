@@ -18,6 +18,33 @@ _NANOGPT_RATE: dict[str, Any] = dict(schedule="warmup-cosine", warmup_steps=100,
 
 _GPT2 = _gpt2_like(12, 12, 768, 1024, gelu="tanh")
 
+
+def _reproduction(preset: Any, model: ModelConfig, **others: Any) -> TrainConfig:
+    """A training of GPT-2's shape from nothing, as llm.c's scripts/run_gpt2_*.sh do it: 524,288 tokens an update.
+
+    With accelerators of less memory than the batch takes at once, `--grad-accum` divides it.
+    """
+    return TrainConfig(
+        preset=preset,
+        **{
+            "dataset": "hf:HuggingFaceFW/fineweb:sample-100BT",
+            "tokenizer": "gpt2",
+            "packing": "chunks",
+            "batch_size": 512,
+            "schedule": "warmup-cosine",
+            "warmup_steps": 700,
+            **_NANOGPT,
+            "beta2": 0.95,
+            "eval_every": 250,
+            "eval_batches": 4,
+            "checkpoint_every": 1000,
+            "prompt": "The history of",
+            **others,
+        },
+        model=model,
+    )
+
+
 PRESETS = {
     # Section 1 of docs/loops.md: the toy loop, one validation batch every 50 steps, clipped.
     "tinygpt": TrainConfig(
@@ -81,24 +108,18 @@ PRESETS = {
         **_NANOGPT,
         **_NANOGPT_RATE,
     ),
-    # GPT-2's smallest, 124 million parameters, over a billion tokens; the optimiser as in nanoGPT's
-    # config/train_gpt2.py. For accelerators.
-    "gpt2": TrainConfig(
-        preset="gpt2",
-        dataset="wikitext-103",
-        tokenizer="gpt2",
-        steps=30_518,
-        batch_size=32,
-        eval_every=1000,
-        eval_batches=200,
-        checkpoint_every=1000,
-        packing="chunks",
-        prompt="The history of",
-        model=_GPT2,
-        schedule="warmup-cosine",
-        warmup_steps=700,
+    # GPT-2's four shapes: 124, 355, 774 and 1,558 million parameters. For accelerators.
+    "gpt2": _reproduction("gpt2", _GPT2, dataset="hf:HuggingFaceFW/fineweb:sample-10BT", steps=18_865, lr=6e-4),
+    "gpt2-medium": _reproduction("gpt2-medium", _gpt2_like(24, 16, 1024, 1024, gelu="tanh"), steps=60_000, lr=3e-4),
+    "gpt2-large": _reproduction("gpt2-large", _gpt2_like(36, 20, 1280, 1024, gelu="tanh"), steps=286_102, lr=2.5e-4),
+    "gpt2-xl": _reproduction(
+        "gpt2-xl",
+        _gpt2_like(48, 25, 1600, 1024, gelu="tanh"),
+        dataset="hf:HuggingFaceFW/fineweb-edu:sample-100BT",
+        batch_size=1024,
+        steps=32_000,
+        lr=6e-4,
         min_lr=6e-5,
-        **{**_NANOGPT, "lr": 6e-4, "beta2": 0.95},
     ),
 }
 

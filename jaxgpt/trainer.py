@@ -132,7 +132,8 @@ def _reported_as_user_error(run: RunDir) -> Iterator[None]:
         if not run.read_steps():
             run.discard()
         raise UserError(
-            f"--batch-size {run.config.batch_size}: out of memory; lower it, --model.block-size or --model.n-embd"
+            f"--batch-size {run.config.batch_size}: out of memory; divide it with --grad-accum, or lower it or "
+            "--model.block-size"
         ) from e
 
 

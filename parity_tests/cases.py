@@ -120,13 +120,19 @@ class Case:
 
 def masks_of(config: TrainConfig | FinetuneConfig, step: int, n_time: int | None = None) -> list[np.ndarray] | None:
     """The dropout masks that the trainer's step draws, bool [B, T, C] each, T a block or `n_time`; None: no dropout."""
-    if not config.model.dropout:
+    model = config.model
+    if not model.has_dropout:
         return None
     step_key = jax.random.fold_in(stream_key(config.seed, DROPOUT), step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, np.arange(config.batch_size))
-    shape = (n_time or config.model.block_size, config.model.n_embd)
-    sites = range(2 * config.model.n_layer + 1)
-    return [np.array(_keep_mask(keys, site, shape, config.model.dropout)) for site in sites]
+    n_time, n_sites = n_time or model.block_size, 2 * model.n_layer + 1
+    masks = [np.array(_keep_mask(keys, site, (n_time, model.n_embd), model.dropout)) for site in range(n_sites)]
+    if model.attention_dropout:
+        shape = (model.n_head * n_time, n_time)
+        for site in range(n_sites, n_sites + model.n_layer):
+            mask = np.array(_keep_mask(keys, site, shape, model.attention_dropout))
+            masks.append(mask.reshape(config.batch_size, model.n_head, n_time, n_time))
+    return masks
 
 
 _window_starts = jax.jit(window_starts, static_argnums=(2, 3, 4))

@@ -23,18 +23,19 @@ from parity_tests.engine.mutants import Patch, put, together, wrap
 
 
 def layer_norm(**changes: Any) -> Patch:
-    def mutated(n_embd: int, numerics: Any, rngs: Any) -> nnx.LayerNorm:
+    def mutated(config: Any, numerics: Any, rngs: Any) -> nnx.LayerNorm:
         dtype = numerics.param_dtype
-        options = {"epsilon": 1e-5, "use_fast_variance": False, **changes}
-        return nnx.LayerNorm(n_embd, dtype=dtype, param_dtype=dtype, rngs=rngs, **options)
+        options = {"epsilon": 1e-5, "use_bias": config.bias, "use_fast_variance": False, **changes}
+        return nnx.LayerNorm(config.n_embd, dtype=dtype, param_dtype=dtype, rngs=rngs, **options)
 
     return put(gpt, "layer_norm", mutated)
 
 
 def variance_held(_: Any) -> Any:
-    def mutated(x: Any, scale: Any, bias: Any) -> Any:
-        factor = jax.lax.stop_gradient(jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5))
-        return (x - x.mean(-1, keepdims=True)) * factor * scale + bias
+    def mutated(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+        factor = jax.lax.stop_gradient(jax.lax.rsqrt(x.var(-1, keepdims=True) + epsilon))
+        scaled = (x - x.mean(-1, keepdims=True)) * factor * scale
+        return scaled if bias is None else scaled + bias
 
     return mutated
 
@@ -76,7 +77,11 @@ def rounded(x: Any, mantissa_bits: int) -> Any:
 
 def linear_call(change: Callable[[Any, Any, Any], Any]) -> Patch:
     """Linear with a change: (input, kernel, bias) -> output."""
-    return put(Linear, "__call__", lambda self, x: change(x, self.kernel[...], self.bias[...]))
+    return put(
+        Linear,
+        "__call__",
+        lambda self, x: change(x, self.kernel[...], 0 if self.bias is None else self.bias[...]),
+    )
 
 
 def square_transposed(x: Any, kernel: Any, bias: Any) -> Any:
@@ -88,7 +93,7 @@ def block_call(change: Callable[..., Any]) -> Patch:
 
     def call(self: Block, x: Any, n_rows: int, row_key_B: Any, cache: Any, start: Any, document_BT: Any = None) -> Any:
         drop = lambda branch, site: gpt.dropout(branch, self.dropout, row_key_B, 2 * self.index + site)  # noqa: E731
-        return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document_BT)[0], drop), cache
+        return change(self, x, lambda x: self.attn(x, n_rows, cache, start, document_BT, row_key_B)[0], drop), cache
 
     return put(Block, "__call__", call)
 

@@ -166,6 +166,12 @@ MUTANTS = [
         wrap(gpt, "keep_mask", lambda real: lambda keys, site, shape, rate: real(keys, site, shape, 1 - rate)),
         ("dropout", "model, dropout", "trajectory"),
     ),
+    Mutant(
+        "attention dropout left out",
+        wrap(gpt, "dropout", lambda real: lambda x, *rest: x if x.ndim == 4 else real(x, *rest)),
+        ("model, attention dropout",),
+    ),
+    Mutant("layer_norm_eps reaches no norm", faults.layer_norm(), ("model, attention dropout",)),
     Mutant("residual stream in bfloat16", faults.block_call(faults.bfloat16_stream), ("bfloat16", "block", "model")),
     Mutant("biases added in bfloat16, as in nnx.Linear", put(gpt, "Linear", nnx.Linear), ("bfloat16",)),
     Mutant("GELU in bfloat16", wrap(gpt, "gelu", faults.gelu_in_bfloat16), ("bfloat16", "ops")),

@@ -40,6 +40,9 @@ PROBES: dict[str, Probe] = {
     "model, dropout": lambda: whole_model.compare_model(
         small("dropout", model=dataclasses.replace(SIZES, dropout=0.3)), "float64"
     ),
+    "model, attention dropout": lambda: whole_model.compare_model(
+        small("attention dropout", model=whole_model.ATTENTION_DROPOUT), "float64"
+    ),
     "model, tied head": lambda: whole_model.compare_model(
         small("tied head", model=dataclasses.replace(SIZES, tied_head=True)), "float64"
     ),

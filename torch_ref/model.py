@@ -21,8 +21,8 @@ from jaxgpt.config import ModelConfig
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies in the compute dtype and returns its input's dtype."""
 
-    def __init__(self, n_in: int, n_out: int, compute_dtype: torch.dtype | None):
-        super().__init__(n_in, n_out)
+    def __init__(self, n_in: int, n_out: int, compute_dtype: torch.dtype | None, bias: bool = True):
+        super().__init__(n_in, n_out, bias=bias)
         self.compute_dtype = compute_dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ class Linear(nn.Linear):
         if dtype is None:
             return super().forward(x)
         product = F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)  # cast: input and weight, rounded product
+        if self.bias is None:
+            return product
         return (product + self.bias).to(dtype).to(x.dtype)  # cast: the sum rounded to the compute dtype
 
 
@@ -40,24 +42,27 @@ class Dropout(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BTC: Tensor, keep_BTC: Tensor | None) -> Tensor:
-        if keep_BTC is None:
-            return F.dropout(x_BTC, self.rate, self.training)
-        return torch.where(keep_BTC, x_BTC / (1 - self.rate), 0)
+    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None:
+            return F.dropout(x, self.rate, self.training)
+        return torch.where(keep, x / (1 - self.rate), 0)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with separate query, key, value and output projections, each with bias."""
+    """Causal self-attention with separate query, key, value and output projections."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None):
         super().__init__()
         self.n_head, self.compute_dtype = config.n_head, compute_dtype
-        self.Wq, self.Wk, self.Wv, self.Wo = (Linear(config.n_embd, config.n_embd, compute_dtype) for _ in range(4))
+        C = config.n_embd
+        self.Wq, self.Wk, self.Wv, self.Wo = (Linear(C, C, compute_dtype, config.bias) for _ in range(4))
+        self.dropout = Dropout(config.attention_dropout)
         seen_TS = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
         self.register_buffer("seen_TS", seen_TS, persistent=False)
 
-    def forward(self, x_BTC: Tensor, same_BTS: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, same_BTS: Tensor | None = None, keep_BHTS: Tensor | None = None) -> Tensor:
         att_BHTS, v_BHSD = self.weights(x_BTC, same_BTS), self._heads(self.Wv, x_BTC)
+        att_BHTS = self.dropout(att_BHTS, keep_BHTS)
         dtype = self.compute_dtype or x_BTC.dtype
         out_BHTD = (att_BHTS.to(dtype) @ v_BHSD.to(dtype)).to(x_BTC.dtype)  # cast: probabilities and values
         return self.Wo(out_BHTD.transpose(1, 2).reshape(x_BTC.shape))
@@ -79,17 +84,23 @@ class Attention(nn.Module):
         return projection(x_BTC).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
 
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """A LayerNorm over the residual stream."""
+    return nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+
+
 class Block(nn.Module):
     """A pre-norm block: x += attn(ln1(x)); x += ff(ln2(x)). The MLP `ff` is C -> 4C -> C with GELU."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None):
         super().__init__()
         C = config.n_embd
-        self.ln1 = nn.LayerNorm(C)
+        self.ln1 = layer_norm(config)
         self.attn = Attention(config, compute_dtype)
-        self.ln2 = nn.LayerNorm(C)
+        self.ln2 = layer_norm(config)
         gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
-        self.ff = nn.Sequential(Linear(C, 4 * C, compute_dtype), gelu, Linear(4 * C, C, compute_dtype))
+        fc, proj = Linear(C, 4 * C, compute_dtype, config.bias), Linear(4 * C, C, compute_dtype, config.bias)
+        self.ff = nn.Sequential(fc, gelu, proj)
         self.dropout = Dropout(config.dropout)
 
     def forward(
@@ -98,8 +109,9 @@ class Block(nn.Module):
         keep_attn_BTC: Tensor | None,
         keep_ff_BTC: Tensor | None,
         same_BTS: Tensor | None = None,
+        keep_weights_BHTS: Tensor | None = None,
     ) -> Tensor:
-        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC), same_BTS), keep_attn_BTC)
+        x_BTC = x_BTC + self.dropout(self.attn(self.ln1(x_BTC), same_BTS, keep_weights_BHTS), keep_attn_BTC)
         return x_BTC + self.dropout(self.ff(self.ln2(x_BTC)), keep_ff_BTC)
 
 
@@ -119,7 +131,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, compute_dtype) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = layer_norm(config)
         self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=False)
         self.init_weights(config)
 
@@ -132,7 +144,8 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, Linear) and config.init == "gpt2":
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 if name.endswith(("attn.Wo", "ff.2")):
                     nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -149,11 +162,14 @@ class GPT(nn.Module):
 
         Args:
             keep: dropout masks, bool [B, T, C] each, True for elements to keep: after the embedding sum, then for each
-                block after attention and after the MLP. None: torch draws them in training.
+                block after attention and after the MLP; with attention dropout then for each block those of its
+                weights, [B, H, T, S]. None: torch draws them in training.
             end_of_text: the token that ends a packed document. Attention then stops at the document's start, and
                 positions count from there. None: the window is one document.
         """
-        keep = keep or [None] * (2 * len(self.blocks) + 1)
+        n_layer = len(self.blocks)
+        keep = keep or []
+        keep = [*keep, *[None] * (3 * n_layer + 1 - len(keep))]
         position_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
         position, same_BTS = position_T, None
         if end_of_text is not None:
@@ -164,7 +180,7 @@ class GPT(nn.Module):
             position = position_T - (begins_BT * position_T).cummax(1).values
         x_BTC = self.dropout(self.token_emb(idx_BT) + self.pos_emb(position), keep[0])
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2], same_BTS)
+            x_BTC = block(x_BTC, keep[2 * i + 1], keep[2 * i + 2], same_BTS, keep[2 * n_layer + 1 + i])
         return self.ln_f(x_BTC)
 
 

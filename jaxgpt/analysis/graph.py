@@ -80,7 +80,7 @@ def block_graph(objective: Objective) -> Graph:
         after = "the loss" if loss in outputs else previous if differentiable or own else ""
         lines = [_title(objective, owner, trace.classes.get(owner, ""), is_head, after)]
         if any(op.name == "random_bits" for op in ops):
-            lines[0] += f", dropout {model.dropout:g}"
+            lines[0] += f", dropout {model.attention_dropout if owner.endswith('attn') else model.dropout:g}"
         lines += [loop for loop in ops[-1].loops if loop != _loop(1)]
         if own:
             lines.append(", ".join(f"{name.rsplit('.')[-1]} {[*trace.avals[v].shape]}" for v, name in own.items()))

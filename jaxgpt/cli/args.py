@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import jaxgpt
-from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ProcessLayout, TrainConfig
+from jaxgpt.config import DeviceLayout, FaultPolicy, FinetuneConfig, ProcessLayout, TrainConfig, differences
 from jaxgpt.environment import CheckedOutput, reason, require_device_count
-from jaxgpt.errors import DamagedRun, LossNotFinite, UserError, require
+from jaxgpt.errors import DamagedRun, LossNotFinite, UserError, flag, require
 from jaxgpt.presets import PRESETS
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -50,6 +51,9 @@ class TrainFlags(BatchTokens, FaultPolicy, DeviceLayout, ProcessLayout, TrainCon
     """Folder to look for datasets in first."""
     overwrite: bool = False
     """Start again if --out-dir holds a run."""
+    init_from: str | None = None
+    """Weights to start from, with their model and tokenizer: a run, a folder or repository of Hugging Face's GPT-2,
+    nanoGPT's ckpt.pt, llm.c's .bin, or a safetensors file. Default: random weights."""
     summary: bool = False
     """Print layers, shapes, parameters, FLOP per token and the memory that a step needs before training."""
     loader: Literal["auto", "device", "host"] = "auto"
@@ -88,7 +92,7 @@ def parse_train_flags(args: list[str], description: str | None, prog: str, flags
 
     Args:
         prog: the command's name in messages, as "jaxgpt train".
-        flags: a dataclass that extends `TrainConfig`.
+        flags: a dataclass that extends `TrainConfig`. A default of its own counts before the preset's.
 
     Raises:
         UserError: flags that cannot be read, or values out of their range.
@@ -100,8 +104,29 @@ def parse_train_flags(args: list[str], description: str | None, prog: str, flags
         near = difflib.get_close_matches(preset or "", PRESETS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--preset {preset}: unknown preset; choose of {', '.join(PRESETS)}{hint}")
-    default = flags(**{f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(TrainConfig)})
+    fields: Any = dataclasses.fields(flags)  # pyright: ignore[reportArgumentType]
+    own = {f.name for f in fields if f.default != getattr(TrainConfig, f.name, f.default)}
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in own]
+    default = flags(**{name: getattr(PRESETS[preset], name) for name in names})
     return parse_flags(flags, args, description, prog, default)
+
+
+def given_flags(args: list[str]) -> set[str]:
+    """The fields, as `model.n_layer`, whose flags are among a command's words, whatever their values."""
+    words = (word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--"))
+    return {word.replace("-", "_") for word in words}
+
+
+def train_command(config: TrainConfig, out_dir: Path) -> str:
+    """The command that trains, or goes on with, a run of a configuration, for a shell."""
+    words = ["jaxgpt", "train", "--preset", config.preset]
+    for name, _, value in differences(PRESETS[config.preset], config):
+        if isinstance(value, bool):
+            path, dot, last = name.rpartition(".")
+            words.append(flag(f"{path}{dot}{'' if value else 'no_'}{last}"))
+        elif value is not None:
+            words += [flag(name), str(value)]
+    return shlex.join([*words, "--out-dir", str(out_dir)])
 
 
 def parse_flags(flags: type[Flags], args: list[str], description: str | None, prog: str, default: Any = None) -> Flags:

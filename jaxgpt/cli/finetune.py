@@ -15,8 +15,9 @@ from jaxgpt.signals import warning_signals
 
 @dataclass(frozen=True)
 class FinetuneFlags(BatchTokens, FaultPolicy, DeviceLayout, FinetuneConfig):
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Folder of a language model's run: the classifier starts from its weights, and takes its model and tokenizer."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
+    """A language model's run, or what else jaxgpt train --init-from takes: the classifier starts from its weights, and
+    takes its model and tokenizer."""
     checkpoint: Literal["result", "last", "best"] = "result"
     """RUN's checkpoint. result: best if RUN stopped early, else last. best: the one with the lowest validation loss."""
     out_dir: Path | None = None

@@ -26,5 +26,5 @@ def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
     from jaxgpt.api import train_or_resume
     from jaxgpt.progress import ProgressDisplay
 
-    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh)
+    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh, flags.init_from)
     return train_or_resume(config_of(flags), flags.out_dir, flags.data_dir, flags.overwrite, *rest)[1]

@@ -231,7 +231,7 @@ class BpeTokenizer(_BytePairTokenizer):
 
         self._model = model
         tokenizer = tokenizers.Tokenizer.from_str(model)
-        byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
+        byte_of = {char: byte for byte, char in enumerate(byte_chars())}
         by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if [i for _, i in by_id] != list(range(len(by_id))):
             raise ValueError("the ids of the tokens are not 0, 1, 2, ...")
@@ -321,6 +321,11 @@ def visible(tokenizer: Tokenizer, i: int) -> str:
         token = bytes([i]) if isinstance(tokenizer, ByteTokenizer) else tokenizer.token_bytes[i]
         text = token.decode("utf-8", "backslashreplace")
     return "".join(_MARKS.get(c) or (c if c.isprintable() else f"U+{ord(c):04X}") for c in text)
+
+
+def choice(tokenizer: Tokenizer) -> str:
+    """The value of `--tokenizer` that makes a tokenizer of this kind and size."""
+    return f"bpe:{tokenizer.vocab_size}" if isinstance(tokenizer, BpeTokenizer) else tokenizer.kind
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
@@ -462,7 +467,7 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(strict_json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _byte_chars() -> list[str]:
+def byte_chars() -> list[str]:
     """GPT-2's printable character for each byte: its own if it prints, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -1,67 +1,125 @@
-"""Import of PyTorch weights (safetensors) as a run, and export of a run's weights."""
+"""Import of a pretrained model as a run, and export of a run's model to other programs."""
 
 import contextlib
+import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgpt import parallel
+from jaxgpt import parallel, strict_json
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.tokenizer import sample_prompt
+from jaxgpt.data.labeled import pad_token
+from jaxgpt.data.tokenizer import choice, sample_prompt
 from jaxgpt.errors import UserError
-from jaxgpt.interop import safetensors, torch_names
+from jaxgpt.interop import huggingface, huggingface_tokenizer, model_card, nanogpt, safetensors, torch_names
+from jaxgpt.interop.pretrained import RECORD, Pretrained
+from jaxgpt.interop.torch_model import errors_prefixed
+from jaxgpt.presets import PRESETS
 from jaxgpt.runs import run_dir
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.restore import restore_language_model
-from jaxgpt.runtime import build_language_modeling
+from jaxgpt.runs.restore import RestoredRun, restore_any, restore_language_model
+from jaxgpt.runtime import build_executor, build_language_modeling
 from jaxgpt.train_step import TrainState
+
+NO_CORPUS = Corpus("", "", "", {})  # of a run that holds a model alone
+
+
+def imported_config(flags: TrainConfig, pretrained: Pretrained) -> TrainConfig:
+    """The configuration of a run that holds a pretrained model: its model, and its recipe as far as it is known.
+
+    Args:
+        flags: what the command's flags say; those that differ from their preset's values count before the recipe.
+
+    Raises:
+        UserError: the recipe is none that can be trained here.
+    """
+    preset = PRESETS[flags.preset]
+    recipe = {name: value for name, value in pretrained.recipe.items() if getattr(flags, name) == getattr(preset, name)}
+    if pretrained.tokenizer is not None:
+        recipe["tokenizer"] = choice(pretrained.tokenizer)
+    return dataclasses.replace(flags, model=pretrained.model, **recipe)
+
+
+def require_new_run(out: Path, overwrite: bool, sources: Mapping[str, str | Path | None]) -> None:
+    """Checks the folder of a run to make, before what goes into it is read.
+
+    Args:
+        sources: the paths that it is made from, by flag; None if the flag was not given.
+
+    Raises:
+        UserError: it holds a run, or a path that it is made from.
+    """
+    if os.path.exists(out / "config.json") and not overwrite:
+        raise UserError(f"--out {out}: holds a run already; choose another folder, or --overwrite to replace it")
+    for flag, path in sources.items():
+        if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+            raise UserError(f"{flag} {path}: lies in --out {out}, which is replaced; move the file out of there")
 
 
 def import_run(
     config: TrainConfig,
-    corpus: Corpus,
-    weights: Path,
-    optimizer_state: Path | None,
+    corpus: Corpus | None,
+    pretrained: Pretrained,
+    flag_and_path: str,
     out: Path,
     overwrite: bool,
     say: Callable[[str], None],
     data_dir: Path | None = None,
-) -> None:
-    """Makes a run folder whose only checkpoint holds the weights and optimizer state of files.
+) -> TrainConfig:
+    """Makes a run folder whose only checkpoint holds a pretrained model, with its optimizer's state if it has one.
 
     Args:
-        corpus: the text that the run will train on; it gives the vocabulary.
-        weights, optimizer_state: safetensors files. Without optimizer state the run starts at step 0 with zero
-            moments; with it, at the step that the file counts.
-        out: the folder of the run.
+        config: as `imported_config` gives it.
+        corpus: the text that the run will train on; None for a run that holds the model alone.
+        flag_and_path: what gave the model, for messages.
+        out: the folder of the run, as `require_new_run` has found it.
         say: takes lines about the progress.
         data_dir: a folder to look for GPT-2's vocabulary in first.
 
+    Returns:
+        The run's configuration.
+
     Raises:
-        UserError: `out` holds a run or other files; or a file cannot be read or does not fit the model. Nothing has
-            been written then.
+        UserError: `out` holds other files, or the model does not fit the text. Nothing has been written then.
     """
-    if os.path.exists(out / "config.json") and not overwrite:
-        raise UserError(f"--out {out}: holds a run already; choose another folder, or --overwrite to replace it")
-    for flag, path in (("--weights", weights), ("--optimizer-state", optimizer_state)):
-        if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
-            raise UserError(f"{flag} {path}: lies in --out {out}, which is replaced; move the file out of there")
-    data, executor = build_language_modeling(config, corpus, data_dir, say, devices=parallel.one_device, trains=False)
-    config, tokenizer = executor.config, data.tokenizer
-    sample_prompt(config.prompt, tokenizer, corpus)  # a run whose prompt cannot be encoded could not be trained
-    state = _read_state(executor, weights, optimizer_state)
+    if corpus is None:
+        tokenizer = pretrained.tokenizer
+        if tokenizer is None:
+            raise UserError(
+                f"{flag_and_path}: names no tokenizer for its vocabulary of {pretrained.vocab_size:,}; give --dataset "
+                "and --tokenizer as it was trained with"
+            )
+        executor = build_executor(config, tokenizer, devices=parallel.one_device)
+    else:
+        known = pretrained.tokenizer
+        data, executor = build_language_modeling(
+            config, corpus, data_dir, say, known, devices=parallel.one_device, trains=False
+        )
+        tokenizer = data.tokenizer
+        sample_prompt(config.prompt, tokenizer, corpus)  # a run whose prompt cannot be encoded could not be trained
+    config = executor.config
+    if tokenizer.vocab_size != pretrained.vocab_size:
+        raise UserError(
+            f"{flag_and_path}: has a vocabulary of {pretrained.vocab_size:,}, and --tokenizer {config.tokenizer} one "
+            f"of {tokenizer.vocab_size:,}; give the --dataset and the --tokenizer that it was trained with"
+        )
+    with errors_prefixed(flag_and_path):
+        state = _state(executor, pretrained)
     done = int(state.step)
     if done > config.steps:
         raise UserError(
-            f"--optimizer-state {optimizer_state}: {done} updates done, more than --steps {config.steps}; "
-            "raise --steps, or give another file"
+            f"{flag_and_path}: {done} updates done, more than --steps {config.steps}; raise --steps, or give another "
+            "file"
         )
     with _out_dir_flag_replaced("--out"):
-        begun = run_dir.create(out, config, tokenizer, corpus, overwrite, complete=False)
+        begun = run_dir.create(out, config, tokenizer, corpus or NO_CORPUS, overwrite, complete=False)
     with contextlib.closing(begun) as run:
         try:
             with contextlib.closing(Checkpoints(run, config.keep_checkpoints)) as checkpoints:
@@ -72,27 +130,36 @@ def import_run(
             run.discard()
             raise
     n_params = sum(p.size for p in state.params.values())
-    say(f"{n_params:,} parameters from {weights}, {done} of {config.steps} updates done: {out}")
+    say(f"{n_params:,} parameters of {pretrained.source}, {done} of {config.steps} updates done: {out}")
+    return config
 
 
-def _read_state(executor: parallel.Executor, weights: Path, optimizer_state: Path | None) -> TrainState:
-    """The state in the files, as numpy arrays. Raises a `UserError` that names the file."""
+def _state(executor: parallel.Executor, pretrained: Pretrained) -> TrainState:
+    """The state of a run that holds the model: at its step if its optimizer's state is there, else before the first."""
     like = executor.abstract_state()
-    tensors = safetensors.read(weights, "--weights")
-    with _errors_prefixed(f"--weights {weights}"):
-        params = torch_names.from_torch(torch_names.tutorial_names(tensors), like.params)
-    if optimizer_state is None:
+    dtype = executor.objective.numerics.param_dtype
+    for name, p in pretrained.params.items():
+        if not np.can_cast(p.dtype, dtype, "safe"):
+            raise UserError(f"{name}: {p.dtype} in the file, {np.dtype(dtype)} in the model; give --dtype {p.dtype}")
+    params = {name: p.astype(dtype) for name, p in pretrained.params.items()}
+    if pretrained.optimizer_state is None:
         step, opt_state = 0, executor.objective.optimizer.init(jax.tree.map(jax.numpy.asarray, params))
     else:
-        tensors = safetensors.read(optimizer_state, "--optimizer-state")
-        with _errors_prefixed(f"--optimizer-state {optimizer_state}"):
-            opt_state = torch_names.optimizer_from_torch(tensors, like.opt_state)
-            step = int(np.asarray(tensors["step"]).item())
+        opt_state = torch_names.optimizer_from_torch(pretrained.optimizer_state, like.opt_state)
+        step = int(np.asarray(pretrained.optimizer_state["step"]).item())
     return TrainState(jax.numpy.int32(step), params, opt_state)
 
 
-def export_run(path: Path, which: str, out: Path, optimizer_state: Path | None, overwrite: bool) -> int:
-    """Writes the weights of a checkpoint to a safetensors file.
+def with_optimizer_state(pretrained: Pretrained, path: Path, flag: str) -> Pretrained:
+    """The model with the optimizer's state of a safetensors file, as `export_run` writes it."""
+    return dataclasses.replace(pretrained, optimizer_state=safetensors.read(path, flag))
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def export_safetensors(path: Path, which: str, out: Path, optimizer_state: Path | None, overwrite: bool) -> int:
+    """Writes the weights of a checkpoint to a safetensors file, under the tutorials' names.
 
     Args:
         which: "last", "best", or "result": the best if the run stopped early, else the last.
@@ -106,22 +173,129 @@ def export_run(path: Path, which: str, out: Path, optimizer_state: Path | None, 
         UserError: there is no run or checkpoint, or a file exists or cannot be written.
     """
     safetensors.require_new({"--out": out, "--optimizer-state": optimizer_state}, overwrite, keep_out_of=path)
-    _, _, state = restore_language_model(path, which)
+    run, _, state = restore_language_model(path, which)
     params, opt_state = jax.device_get((state.params, state.opt_state))
     files = [("--out", out, torch_names.to_torch(params))]
     if optimizer_state:
         files.append(("--optimizer-state", optimizer_state, torch_names.optimizer_to_torch(opt_state)))
-    safetensors.write(files)
+    record = {"model": dataclasses.asdict(run.config.model), "tokenizer": run.tokenizer.to_json()}
+    record["tokenizer"].pop("folder", None)
+    safetensors.write(files, {RECORD: strict_json.dumps(record)})
     return int(state.step)
 
 
-@contextlib.contextmanager
-def _errors_prefixed(flag_and_path: str) -> Iterator[None]:
-    """Puts the flag and the file before the message of a `UserError`."""
+def export_nanogpt(path: Path, which: str, out: Path, overwrite: bool) -> int:
+    """Writes a checkpoint as nanoGPT's ckpt.pt, with the optimizer's state. The rest as of `export_safetensors`.
+
+    Raises:
+        UserError: also if nanoGPT has no such model or optimizer.
+    """
+    safetensors.require_new({"--out": out}, overwrite, keep_out_of=path)
+    run, _, state = restore_language_model(path, which)
+    params, opt_state = jax.device_get((state.params, state.opt_state))
+    reports = run.read_metrics()
+    val_loss = min((report["val_loss"] for report in reports), default=math.inf)
     try:
-        yield
-    except UserError as e:
-        raise UserError(f"{flag_and_path}: {e}") from None
+        nanogpt.write(out, run.config, params, opt_state, int(state.step), run.tokenizer.vocab_size, val_loss)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose a place with room") from None
+    return int(state.step)
+
+
+def export_huggingface(path: Path, which: str, out: Path, overwrite: bool) -> int:
+    """Writes a checkpoint as a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers load.
+
+    A classifier becomes a `GPT2ForSequenceClassification`. Args, Returns and Raises as of `export_safetensors`.
+
+    Raises:
+        UserError: also if transformers has no such classifier.
+    """
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+        raise UserError(f"--out {out}: lies in the run {path}; choose a place outside of it")
+    if os.path.lexists(out) and not (overwrite and os.path.isdir(out) and not os.path.islink(out)):
+        raise UserError(f"--out {out}: exists already; choose another name, or --overwrite to replace a folder")
+    if os.path.isdir(out) and (other := [name for name in os.listdir(out) if name not in HUGGING_FACE_FILES]):
+        raise UserError(f"--out {out}: holds {other[0]}, which no export writes; choose another name")
+    restored = restore_any(path, which)
+    run, state = restored.run, restored.state
+    params = {name: np.asarray(p) for name, p in jax.device_get(state.params).items()}
+    config, tensors, max_tokens = _language_model(restored, params)
+    if run.labels:
+        config, tensors, max_tokens = _classifier(restored, params)
+    files = huggingface_tokenizer.files(run.tokenizer, max_tokens)
+    end = run.tokenizer.end_of_text
+    generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    files["config.json"] = strict_json.dumps(config, indent=2) + "\n"
+    if not run.labels:
+        given = {name: value for name, value in generation.items() if value is not None}
+        files["generation_config.json"] = strict_json.dumps(given, indent=2) + "\n"
+    files["README.md"] = model_card.text(run, int(state.step), sum(p.size for p in params.values()))
+    with _new_folder(out) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        safetensors.write([("--out", folder / huggingface.WEIGHTS, tensors)])
+    return int(state.step)
+
+
+HUGGING_FACE_FILES = {
+    *("config.json", "generation_config.json", huggingface.WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
+    "README.md",
+}
+
+
+def _language_model(
+    restored: RestoredRun, params: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
+    """The configuration, the tensors and the most tokens of a run's language model."""
+    model = restored.run.config.model
+    body = {name: p for name, p in params.items() if not name.startswith("classifier.")}
+    if restored.run.labels:  # a classifier has no head over tokens
+        model = dataclasses.replace(model, tied_head=True)
+    dtype = {"dtype": str(params["token_emb.embedding"].dtype)}
+    config = huggingface.config_json(model, restored.run.tokenizer, **dtype)
+    return config, huggingface.weights(model, body), model.block_size
+
+
+def _classifier(
+    restored: RestoredRun, params: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
+    """The same of a classifier. Raises `UserError` if transformers has no such one."""
+    run = restored.run
+    if run.config.pool != "last_token":
+        raise UserError(
+            f"RUN {run.path}: its head reads --pool {run.config.pool}, and GPT2ForSequenceClassification the last "
+            "token; only a classifier of --pool last_token can be exported"
+        )
+    config, tensors, _ = _language_model(restored, params)
+    weight_KC, norm_C = huggingface.folded_classifier(params)
+    tensors |= {"score.weight": weight_KC, "transformer.ln_f.bias": norm_C}
+    padding = pad_token(run.tokenizer)
+    config |= {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "id2label": dict(enumerate(run.labels)),
+        "label2id": {label: i for i, label in enumerate(run.labels)},
+        "num_labels": len(run.labels),
+        "pad_token_id": padding,
+        "problem_type": "single_label_classification",
+    }
+    config.pop("bias", None)  # the final norm's is none of 0
+    return config, tensors, run.config.max_tokens
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    except OSError as e:
+        raise UserError(f"--out {path}: cannot be written ({e.strerror}); choose a writable place with room") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,20 @@ _GPT2 = {
     "ln_f": "ln_f",
     "lm_head": "lm_head",
 }
+# The tutorials' module names, as patterns -> GPT-2's names, in the order in which GPT-2's modules have them.
+_TO_GPT2 = {
+    "token_emb": "transformer.wte",
+    "pos_emb": "transformer.wpe",
+    r"blocks\.(\d+)\.ln1": r"transformer.h.\1.ln_1",
+    r"blocks\.(\d+)\.attn\.Wq": r"transformer.h.\1.attn.c_attn",
+    r"blocks\.(\d+)\.attn\.Wo": r"transformer.h.\1.attn.c_proj",
+    r"blocks\.(\d+)\.ln2": r"transformer.h.\1.ln_2",
+    r"blocks\.(\d+)\.ff\.0": r"transformer.h.\1.mlp.c_fc",
+    r"blocks\.(\d+)\.ff\.2": r"transformer.h.\1.mlp.c_proj",
+    "ln_f": "transformer.ln_f",
+    "lm_head": "lm_head",
+}
+HINT = "give the --preset and --model flags of its training, and a file with all of its state"
 
 
 def torch_name(name: str) -> str:
@@ -49,11 +63,12 @@ def to_torch(params: Tensors) -> dict[str, np.ndarray]:
     return {torch_name(name): _transposed(name, np.asarray(p)) for name, p in params.items()}
 
 
-def from_torch(state_dict: Tensors, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def from_torch(state_dict: Tensors, like: Mapping[str, Any], hint: str = HINT) -> dict[str, np.ndarray]:
     """The Flax parameters.
 
     Args:
         like: arrays, or `jax.ShapeDtypeStruct`s, with the names, shapes and dtypes of the result.
+        hint: what a message says to do about weights of another model.
 
     Raises:
         UserError: a name is missing or left over, a shape differs, a dtype is wider than the model's, or a value is
@@ -65,7 +80,7 @@ def from_torch(state_dict: Tensors, like: Mapping[str, Any]) -> dict[str, np.nda
     if "lm_head.weight" not in wanted and head is not None and np.array_equal(head, embedding):
         # A tied head, saved under both names.
         state_dict = {name: p for name, p in state_dict.items() if name != "lm_head.weight"}
-    _require_same_names(set(wanted), set(state_dict), "the weights do not match the model")
+    _require_same_names(set(wanted), set(state_dict), "the weights do not match the model", hint)
     return {name: _fitted(torch, state_dict[torch], like[name], name) for torch, name in wanted.items()}
 
 
@@ -98,7 +113,8 @@ def optimizer_from_torch(tensors: Tensors, like: Any) -> Any:
         return state._replace(optimizer=optimizer_from_torch(tensors, like.optimizer))
     paths, tree = jax.tree_util.tree_flatten_with_path(like)
     names = [_state_name(path) for path, _ in paths]
-    _require_same_names({torch for torch, _ in names}, set(tensors), "the optimizer state does not match the optimizer")
+    what = "the optimizer state does not match the optimizer"
+    _require_same_names({torch for torch, _ in names}, set(tensors), what, HINT)
     step = np.asarray(tensors["step"])
     if (
         step.dtype.kind not in "iuf"
@@ -162,6 +178,41 @@ def tutorial_names(state_dict: Tensors) -> dict[str, np.ndarray]:
     return tensors
 
 
+def gpt2_names(tensors: Tensors, conv1d: bool) -> dict[str, np.ndarray]:
+    """The inverse of `tutorial_names`: a state dict under GPT-2's names, in the order of GPT-2's modules.
+
+    Args:
+        tensors: weights, or a moment of each, under the tutorials' names and in PyTorch's layout.
+        conv1d: matrices are [in, out], as Hugging Face has them; else [out, in], as nanoGPT has them.
+    """
+    patterns = list(_TO_GPT2)
+
+    def place(name: str) -> tuple[int, ...]:
+        """Where GPT-2's modules have it: embeddings, blocks in order, the rest; in a module, the weight first."""
+        stem, _, last = name.rpartition(".")
+        rank = next(i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, stem))
+        block = re.search(r"blocks\.(\d+)", stem)
+        part = 0 if rank < 2 else 1 if block else 2
+        return part, int(block[1]) if block else 0, rank, last != "weight"
+
+    named = {}
+    for name in sorted((name for name in tensors if not re.search(r"\.W[kv]\.", name)), key=place):
+        stem, _, last = name.rpartition(".")
+        p, pattern = tensors[name], patterns[place(name)[2]]
+        if stem.endswith("Wq"):
+            p = np.concatenate([tensors[f"{stem[:-1]}{part}.{last}"] for part in "qkv"])
+        if conv1d and stem.startswith("blocks") and p.ndim == 2:
+            p = p.T
+        named[re.sub(pattern, _TO_GPT2[pattern], stem) + f".{last}"] = p
+    return named
+
+
+def without_padding(tensors: Tensors, vocab_size: int) -> dict[str, np.ndarray]:
+    """The tensors with the first `vocab_size` rows of the token embedding and the head, under the tutorials' names."""
+    tables = ("token_emb.weight", "lm_head.weight")
+    return {name: p[:vocab_size] if name.endswith(tables) else p for name, p in tensors.items()}
+
+
 def _state_name(path: tuple[Any, ...]) -> tuple[str, str | None]:
     """The torch name of an optax leaf, and the Flax name of its parameter (None for a count)."""
     match path:
@@ -172,14 +223,13 @@ def _state_name(path: tuple[Any, ...]) -> tuple[str, str | None]:
     raise AssertionError(f"the optimiser state {jax.tree_util.keystr(path)} has no torch name")
 
 
-def _require_same_names(wanted: set[str], given: set[str], what: str) -> None:
+def _require_same_names(wanted: set[str], given: set[str], what: str, hint: str) -> None:
     missing, left_over = sorted(wanted - given), sorted(given - wanted)
     if not missing and not left_over:
         return
     parts = [f"missing {_some(missing)}"] if missing else []
     parts += [f"left over {_some(left_over)}"] if left_over else []
-    hint = "give the --preset and --model flags of its training, and a file with all of its state"
-    if missing + left_over == ["lm_head.weight"]:
+    if hint == HINT and missing + left_over == ["lm_head.weight"]:
         hint = f"{'add' if missing else 'leave out'} --model.tied-head, with which the head is the token embedding"
     raise UserError(f"{what}: {'; '.join(parts)}; {hint}")
 

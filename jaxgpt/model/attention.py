@@ -58,7 +58,11 @@ def causal_attention(
         return out_GTD.reshape(n_rows, n_head, n_queries, head_size).transpose(0, 2, 1, 3)
     if n_queries == 1 and document_BT is None:
         return _one_query_attention(q_BTHD, k_BSHD, v_BSHD, start)
-    att_BHTS = attention_weights(q_BTHD, k_BSHD, start, document_BT)
+    return weighted_values(attention_weights(q_BTHD, k_BSHD, start, document_BT), v_BSHD)
+
+
+def weighted_values(att_BHTS: Array, v_BSHD: Array) -> Array:
+    """The sum of the values, weighted by each query's attention, [B, T, H, D] in the values' dtype."""
     att_BHTS = att_BHTS.astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
     return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
 

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import erf, optimization_barrier, platform_dependent, rsqrt
 
-EPSILON = 1e-5  # PyTorch's default, and the tutorials'
-
 
 def fusion_barrier(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     """On a CPU, materialises the arrays before any operation that uses them; elsewhere returns them as they are.
@@ -24,30 +22,35 @@ def fusion_barrier(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return platform_dependent(*arrays, cpu=lambda *arrays: optimization_barrier(arrays), default=lambda *arrays: arrays)
 
 
-@jax.custom_vjp
-def layer_norm(x: Array, scale_C: Array, bias_C: Array) -> Array:
-    """(x - mean) / sqrt(variance + 1e-5) * scale + bias over the last axis of x [..., C], in x's dtype.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale_C: Array, bias_C: Array | None, epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis of x [..., C], in x's dtype.
 
     As `torch.nn.functional.layer_norm` does, the variance divides by C, not C - 1, and takes two passes
     (E[x^2] - E[x]^2 cancels).
+
+    Args:
+        bias_C: None for a norm without one.
     """
-    return _layer_norm_fwd(x, scale_C, bias_C)[0]
+    return _layer_norm_fwd(x, scale_C, bias_C, epsilon)[0]
 
 
-def _layer_norm_fwd(x: Array, scale_C: Array, bias_C: Array) -> tuple[Array, tuple[Array, ...]]:
+def _layer_norm_fwd(x: Array, scale_C: Array, bias_C: Array | None, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
     (mean,) = fusion_barrier((x.mean(-1, keepdims=True),))
-    mean, rstd = fusion_barrier((mean, rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPSILON)))
-    return (x - mean) * rstd * scale_C + bias_C, (x, mean, rstd, scale_C)
+    mean, rstd = fusion_barrier((mean, rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + epsilon)))
+    scaled = (x - mean) * rstd * scale_C
+    return scaled if bias_C is None else scaled + bias_C, (x, mean, rstd, scale_C, bias_C)
 
 
-def _layer_norm_bwd(residuals: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+def _layer_norm_bwd(epsilon: float, residuals: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array | None]:
     """With n = (x - mean) * rstd and g = grad * scale: rstd (g - mean(g) - n mean(g n)), and the sums over rows."""
-    x, mean, rstd, scale_C = residuals
+    x, mean, rstd, scale_C, bias_C = residuals
     normal = (x - mean) * rstd
     g = grad * scale_C
     mean_g, mean_gn = fusion_barrier((g.mean(-1, keepdims=True), (g * normal).mean(-1, keepdims=True)))
     rows = tuple(range(grad.ndim - 1))
-    return rstd * (g - mean_g - normal * mean_gn), (grad * normal).sum(rows), grad.sum(rows)
+    grad_bias = None if bias_C is None else grad.sum(rows)
+    return rstd * (g - mean_g - normal * mean_gn), (grad * normal).sum(rows), grad_bias
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)

@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import fused_ops
-from jaxgpt.model.attention import AttentionImplementation, attention_weights, causal_attention
+from jaxgpt.model.attention import AttentionImplementation, attention_weights, causal_attention, weighted_values
 from jaxgpt.model.fused_ops import gelu, recomputed
 from jaxgpt.versions import require_sound_jaxlib
 
@@ -103,23 +103,25 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, x: Array) -> Array:
-        assert self.bias is not None
-        return affine(x, self.kernel[...], self.bias[...], self.dtype)
+        return affine(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
 
 
-def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
+def affine(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
     """x kernel + bias, the product and the result in `dtype`."""
     product = jnp.dot(x.astype(dtype), kernel.astype(dtype))  # cast: input and kernel
+    if bias is None:
+        return product
     return (product.astype(bias.dtype) + bias).astype(dtype)  # cast: the sum back to the compute dtype
 
 
 def linear(
     n_in: int, n_out: int, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs, kernel_init: Any = weight_init
 ) -> Linear:
-    """A Linear with bias; its kernel is [n_in, n_out]."""
+    """A Linear of the blocks, with a bias if the configuration has them; its kernel is [n_in, n_out]."""
     return Linear(
         n_in,
         n_out,
+        use_bias=config.bias,
         kernel_init=kernel_init,
         bias_init=linear_bias_init(config, n_in),
         param_dtype=numerics.param_dtype,
@@ -132,14 +134,20 @@ class LayerNorm(nnx.LayerNorm):
     """PyTorch's LayerNorm, by `fused_ops.layer_norm`."""
 
     def __call__(self, x: Array) -> Array:
-        assert self.scale is not None and self.bias is not None
-        return fused_ops.layer_norm(x, self.scale[...], self.bias[...])
+        assert self.scale is not None
+        bias_C = None if self.bias is None else self.bias[...]
+        return fused_ops.layer_norm(x, self.scale[...], bias_C, self.epsilon)
 
 
-def layer_norm(n_embd: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm over `n_embd` channels, with scale 1 and bias 0."""
+def layer_norm(config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A LayerNorm over the residual stream, with scale 1 and, if the configuration has biases, bias 0."""
     return LayerNorm(
-        n_embd, epsilon=fused_ops.EPSILON, dtype=numerics.param_dtype, param_dtype=numerics.param_dtype, rngs=rngs
+        config.n_embd,
+        epsilon=config.layer_norm_eps,
+        use_bias=config.bias,
+        dtype=numerics.param_dtype,
+        param_dtype=numerics.param_dtype,
+        rngs=rngs,
     )
 
 
@@ -149,26 +157,32 @@ def keep_mask(row_key_B: Array, site: int, shape_TC: tuple[int, int], rate: floa
     Each row of the batch draws from its own key, so the masks do not depend on how rows are sharded over devices.
 
     Args:
-        site: the number of the dropout within the model: 0 after the embedding sum, then two for each block.
+        site: the number of the dropout within the model: 0 after the embedding sum, then two for each block, then one
+            for each block's attention weights.
     """
     keep_rate = jnp.float32(1 - rate)  # draws in float32 for every dtype, so a float64 model has the same masks
     return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), keep_rate, shape_TC))(row_key_B)
 
 
-def dropout(x_NC: Array, rate: float, row_key_B: Array | None, site: int) -> Array:
-    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate); the identity without keys."""
+def dropout(x: Array, rate: float, row_key_B: Array | None, site: int) -> Array:
+    """Zeroes elements with probability `rate` and scales the rest by 1/(1 - rate); the identity without keys.
+
+    Args:
+        x: the batch's rows one after the other, as [N, C] or [B, H, T, S].
+    """
     if row_key_B is None or rate == 0:
-        return x_NC
-    shape_TC = (x_NC.shape[0] // row_key_B.shape[0], x_NC.shape[-1])
+        return x
+    shape_TC = (x.size // (row_key_B.shape[0] * x.shape[-1]), x.shape[-1])
     keep_BTC = keep_mask(row_key_B, site, shape_TC, rate)
-    return jnp.where(keep_BTC.reshape(x_NC.shape), x_NC / (1 - rate), 0)
+    return jnp.where(keep_BTC.reshape(x.shape), x / (1 - rate), 0)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with separate query, key, value and output projections, each with bias."""
+    """Causal self-attention with separate query, key, value and output projections."""
 
-    def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs, index: int):
         self.n_head, self.fused = config.n_head, numerics.fused_qkv
+        self.dropout, self.dropout_site = config.attention_dropout, 2 * config.n_layer + 1 + index
         self.implementation: AttentionImplementation = numerics.attention
         n_embd = config.n_embd
         self.Wq = linear(n_embd, n_embd, config, numerics, rngs)
@@ -183,6 +197,7 @@ class Attention(nnx.Module):
         cache: tuple[Array, Array] | None,
         start: Array | int,
         document_BT: Array | None = None,
+        row_key_B: Array | None = None,
     ):
         """The attention's output [N, C], and the cache with this call's keys and values written at `start`."""
         q, k, v = self._heads(x_NC, n_rows, self.Wq, self.Wk, self.Wv)
@@ -192,7 +207,11 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)
-        out_BTHD = causal_attention(q, k, v, start, self.implementation, document_BT)
+        if self.dropout and row_key_B is not None:
+            att_BHTS = attention_weights(q, k, start, document_BT)
+            out_BTHD = weighted_values(dropout(att_BHTS, self.dropout, row_key_B, self.dropout_site), v)
+        else:
+            out_BTHD = causal_attention(q, k, v, start, self.implementation, document_BT)
         return self.Wo(out_BTHD.reshape(x_NC.shape)), cache
 
     def weights(self, x_NC: Array, n_rows: int) -> Array:
@@ -202,9 +221,9 @@ class Attention(nnx.Module):
     def _heads(self, x_NC: Array, n_rows: int, *projections: Linear) -> list[Array]:
         """The projections of x, [B, T, H, D] each; if fused, by one product with their concatenated kernels."""
         if self.fused:
-            kernel, bias = (
-                jnp.concatenate([getattr(W, name)[...] for W in projections], axis=-1) for name in ("kernel", "bias")
-            )
+            kernel = jnp.concatenate([W.kernel[...] for W in projections], axis=-1)
+            biases = [W.bias[...] for W in projections if W.bias is not None]
+            bias = jnp.concatenate(biases, axis=-1) if biases else None
             projected = jnp.split(affine(x_NC, kernel, bias, projections[0].dtype), len(projections), axis=-1)
         else:
             projected = [W(x_NC) for W in projections]
@@ -234,9 +253,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, numerics: Numerics, rngs: nnx.Rngs, index: int):
         self.dropout, self.index = config.dropout, index
-        self.ln1 = layer_norm(config.n_embd, numerics, rngs)
-        self.attn = Attention(config, numerics, rngs)
-        self.ln2 = layer_norm(config.n_embd, numerics, rngs)
+        self.ln1 = layer_norm(config, numerics, rngs)
+        self.attn = Attention(config, numerics, rngs, index)
+        self.ln2 = layer_norm(config, numerics, rngs)
         self.mlp = MLP(config, numerics, rngs)
 
     def __call__(
@@ -248,7 +267,7 @@ class Block(nnx.Module):
         start: Array | int,
         document_BT: Array | None = None,
     ):
-        branch, cache = self.attn(self.ln1(x_NC), n_rows, cache, start, document_BT)
+        branch, cache = self.attn(self.ln1(x_NC), n_rows, cache, start, document_BT, row_key_B)
         branch = branch.astype(x_NC.dtype)  # cast: back to the residual stream's dtype
         x_NC = x_NC + dropout(branch, self.dropout, row_key_B, 2 * self.index + 1)
         branch = self.mlp(self.ln2(x_NC)).astype(x_NC.dtype)  # cast: back to the residual stream's dtype
@@ -275,7 +294,7 @@ class GPT(nnx.Module):
             config.block_size, config.n_embd, embedding_init=weight_init, param_dtype=dtype, rngs=rngs
         )
         self.blocks = nnx.List([Block(config, numerics, rngs, index) for index in range(config.n_layer)])
-        self.ln_f = layer_norm(config.n_embd, numerics, rngs)
+        self.ln_f = layer_norm(config, numerics, rngs)
         self.compute_dtype, self.remat = numerics.compute_dtype, numerics.remat
         self.gather: Gather | None = None  # set by `bind`
         if config.tied_head:
@@ -393,7 +412,8 @@ class GPTClassifier(GPT):
     def __init__(self, config: ModelConfig, vocab_size: int, numerics: Numerics, rngs: nnx.Rngs, n_classes: int):
         super().__init__(dataclasses.replace(config, tied_head=True), vocab_size, numerics, rngs)  # no head over tokens
         exact = Numerics(numerics.param_dtype, numerics.param_dtype)
-        self.classifier = linear(config.n_embd, n_classes, config, exact, rngs)
+        with_bias = dataclasses.replace(config, bias=True)
+        self.classifier = linear(config.n_embd, n_classes, with_bias, exact, rngs)
 
     def __call__(self, idx_BT: Array, length_B: Array, pool: str, row_key_B: Array | None = None) -> Array:
         """Logits [B, classes] of texts that are padded on the right, in the parameters' dtype.

@@ -51,6 +51,11 @@ def restore_classifier(path: Path, which: str) -> RestoredRun:
     return _restored(run, which)
 
 
+def restore_any(path: Path, which: str) -> RestoredRun:
+    """Restores a run of either task, like `restore_language_model`."""
+    return _restored(run_dir.open_run(path), which)
+
+
 def restore_objective(path: Path) -> tuple[RunDir, Objective]:
     """A run, of a language model or a classifier, and its objective. Raises `UserError` if there is no run."""
     run = run_dir.open_run(path)
@@ -94,6 +99,8 @@ def split_of(run: RunDir, split: str, data_dir: Path | None) -> np.ndarray:
         UserError: the data cannot be had, or differs from the data that the run was trained on.
     """
     config = run.config
+    if not config.dataset:
+        raise UserError(f"RUN {run.path}: holds a model that was imported without a text; give one with --dataset")
     try:
         folder = data_dir or run.data_dir
         streaming = streaming_of_run(config.dataset, config.streaming)

@@ -236,7 +236,12 @@ class RunDir:
 
 
 def create_together(
-    path: Path, config: TrainConfig | FinetuneConfig, tokenizer: Tokenizer, corpus: Corpus, overwrite: bool
+    path: Path,
+    config: TrainConfig | FinetuneConfig,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    overwrite: bool,
+    base: dict[str, Any] | None = None,
 ) -> RunDir:
     """`create`, by the first of several processes. The others open what it has created, and write nothing to it.
 
@@ -244,7 +249,7 @@ def create_together(
         UserError: as `create`; or this process has another configuration, data or vocabulary than the first.
     """
     path = Path(distributed.broadcast(str(path)))  # its default name holds the time
-    run = distributed.on_first(lambda: create(path, config, tokenizer, corpus, overwrite))
+    run = distributed.on_first(lambda: create(path, config, tokenizer, corpus, overwrite, base=base))
     # Sent, not read from the folder: another host's file system may not show yet what has just been written.
     own = {name: getattr(run, name) for name in ("identity", "has_manifests", "finished")} if run else {}
     told, there, sha256 = distributed.broadcast((own, configs.to_json(config), corpus.sha256))
@@ -276,7 +281,9 @@ def create(
         overwrite: replace a run, or the parts of one, that are there.
         complete: make a new folder a run at once. If not, the caller puts more files there first, and then calls
             `RunDir.complete`.
-        labels, base: a classifier's classes, and the weights that it starts from: "run", "step" and "sha256".
+        labels: a classifier's classes.
+        base: the weights that it starts from: "run", "step" and "sha256"; None for random ones, and for a run that is
+            there already and goes on from its own.
 
     Raises:
         UserError: the folder cannot be written, holds other files, a run of another configuration, data, vocabulary
@@ -439,6 +446,19 @@ def recorded_choice(path: Path | None, spec: str) -> str:
     return recorded if recorded and not {recorded, REVISION.sub("", recorded)}.isdisjoint(names) else spec
 
 
+def recorded_base(path: Path | None) -> Base | None:
+    """The weights that the run in a folder was begun from; None if there is no run, or it began from random ones."""
+    try:
+        return files.read_json(path / "data.json", DataRecord).base if path else None
+    except (OSError, UserError, ValueError):  # ValueError: the path holds a NUL
+        return None
+
+
+def has_checkpoint(path: Path | None) -> bool:
+    """Whether the run in a folder has a checkpoint, sound or not."""
+    return path is not None and bool(checkpoint_steps(path))
+
+
 def recorded_dataset(path: Path | None) -> str | None:
     """The name of the dataset that the run in a folder was begun with; None if there is no run."""
     try:
@@ -460,6 +480,11 @@ def _require_same(run: RunDir, base: dict[str, Any] | None) -> tuple[DataRecord,
     """What data.json of the run in the folder says, and digests by file. Raises `UserError` if it is another run."""
     with _readable(f"--out-dir {run.path}", "choose another folder, or --overwrite to start again"):
         there, data, digests = read_config_and_data(run.path)
+    if not data.dataset:
+        raise UserError(
+            f"--out-dir {run.path}: holds a model that was imported without a text; train from it with --init-from "
+            f"{run.path}, into another folder"
+        )
     different = _differences(there, data.sha256, run.config, run.data_sha256)
     if not different and base and (data.base is None or data.base.sha256 != base["sha256"]):
         different = [f"other weights to start from than those of {base['run']} after {base['step']} steps"]

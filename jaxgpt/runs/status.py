@@ -32,7 +32,7 @@ CHECKPOINT_NAME = re.compile(r"0|[1-9]\d{0,15}")
 
 @dataclass(frozen=True)
 class Base:
-    """The weights that a classifier starts from."""
+    """The weights that a run starts from, if they are not random: a run's, or another program's."""
 
     run: str
     step: int

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -20,19 +19,20 @@ from jaxgpt.data.loader import ExampleLoader
 from jaxgpt.data.sampler import ExampleSampler
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.interop.pretrained import load_pretrained
 from jaxgpt.objective import ClassificationObjective
 from jaxgpt.parallel import Executor
 from jaxgpt.progress import ProgressDisplay
 from jaxgpt.runs import run_dir
-from jaxgpt.runs.restore import restore_language_model
 from jaxgpt.runs.run_dir import RunDir
 from jaxgpt.runtime import build_executor
+from jaxgpt.tasks.initial_weights import InitialWeights
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
 
 def finetune(
-    base: Path,
+    base: str,
     which: str,
     config: FinetuneConfig,
     data: LabeledTexts,
@@ -46,7 +46,7 @@ def finetune(
     """Trains a classifier from the weights of a run to the end, or resumes the one in `out_dir`.
 
     Args:
-        base: the folder of a language model's run.
+        base: the language model, as `interop.pretrained.load_pretrained` takes it.
         which: which of its checkpoints: "last", "best" or "result".
         data: the texts with their labels.
         out_dir, overwrite, display, started, policy, mesh: as in `language_modeling.train`.
@@ -59,14 +59,14 @@ def finetune(
     """
     if out_dir and (os.path.realpath(base) + "/").startswith(os.path.realpath(out_dir) + "/"):
         raise UserError(f"--out-dir {out_dir}: holds RUN {base}, which it is made from; choose another folder")
-    base_run, _, base_state = restore_language_model(base, which)
-    base_params, base_step = jax.device_get(base_state.params), int(base_state.step)
-    del base_state  # frees the memory of its optimizer state
-    given = {"run": os.path.abspath(base), "step": base_step, "sha256": digest(base_params)}
-    tokenizer = base_run.tokenizer
+    pretrained = load_pretrained(base, "RUN", which, say=display.line)
+    tokenizer = pretrained.tokenizer
+    if tokenizer is None:
+        raise UserError(f"RUN {base}: names no tokenizer; make a run of it with jaxgpt convert import {base}")
+    weights = InitialWeights(pretrained, pretrained.model)
     train = choose(data.train, config.train_samples, config.seed)
     config = dataclasses.replace(
-        config, model=base_run.config.model, steps=config.epochs * math.ceil(len(train) / config.batch_size)
+        config, model=pretrained.model, steps=config.epochs * math.ceil(len(train) / config.batch_size)
     )
     executor = build_executor(config, tokenizer, data.labels, trains=True, mesh=mesh)
     config, objective = executor.config, executor.objective
@@ -74,18 +74,18 @@ def finetune(
         name: _encoded(examples, tokenizer, config, name) for name, examples in (("train", train), ("test", data.test))
     }
     folder = out_dir or run_dir.default_run_dir(config.dataset, f"finetune-{config.pool}")
-    begun = run_dir.create(folder, config, tokenizer, data, overwrite, labels=data.labels, base=given)
+    begun = run_dir.create(folder, config, tokenizer, data, overwrite, labels=data.labels, base=weights.record)
     with contextlib.closing(begun) as run:
         headline = (
             f"{data.name} ({len(train):,} texts to train on and {len(data.test):,} to test on, "
             f"{len(data.labels)} classes) "
-            f"from {base} after {base_step} steps, on {executor.describe_devices()} in {config.dtype}"
+            f"from {base} after {pretrained.step} steps, on {executor.describe_devices()} in {config.dtype}"
         )
 
         def first_state() -> TrainState:
             state = executor.init_state()
             dtype = objective.numerics.param_dtype
-            body = {name: p.astype(dtype) for name, p in base_params.items() if name in state.params}
+            body = {name: p.astype(dtype) for name, p in weights.params.items() if name in state.params}
             assert set(state.params) - set(body) == {"classifier.kernel", "classifier.bias"}
             params = state.params | executor.put(body)
             return TrainState(state.step, params, executor.put(objective.optimizer.init(params)))
@@ -94,14 +94,6 @@ def finetune(
             return ClassificationTask(run, executor, splits)
 
         return run_training(run, executor, headline, make_task, first_state, [display], display.line, started, policy)
-
-
-def digest(params: dict[str, np.ndarray]) -> str:
-    """The SHA-256 of parameters: their names, dtypes, shapes and values."""
-    found = hashlib.sha256()
-    for name, p in sorted(params.items()):
-        found.update(f"{name} {p.dtype} {p.shape} ".encode() + np.ascontiguousarray(p).tobytes())
-    return found.hexdigest()
 
 
 def _encoded(

@@ -34,6 +34,7 @@ from jaxgpt.progress import ProgressDisplay
 from jaxgpt.runs import run_dir
 from jaxgpt.runs.run_dir import RunDir
 from jaxgpt.runtime import build_language_modeling
+from jaxgpt.tasks.initial_weights import initial_weights
 from jaxgpt.train_step import TrainState
 from jaxgpt.trainer import Task, run_training
 
@@ -53,6 +54,7 @@ def train(
     summarise: bool = False,
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
     mesh: str = "",
+    init_from: str | None = None,
 ) -> int:
     """Trains a language model to the end, or resumes the run in `out_dir`.
 
@@ -64,6 +66,7 @@ def train(
         summarise: print first the layers, their parameters, and what a step costs.
         policy: what to do about warning signals and failed saves.
         mesh: how devices share the training, as `config.mesh_shape` reads it.
+        init_from: weights to start from, as `interop.pretrained.load_pretrained` takes them; None for random ones.
 
     Returns:
         The command's exit code, as `run_training` gives it.
@@ -74,15 +77,23 @@ def train(
     if loader == "device" and corpus.shards:
         raise UserError(f"--loader device: {corpus.name} comes in shards, which the host reads; leave it out")
     distributed.require_same({"mesh": mesh, "loader": loader, "on_warning_signal": policy.on_warning_signal})
-    own = run_dir.own_tokenizer(out_dir, config) if not overwrite else None
+    resumed = None if overwrite else out_dir
+    weights = None
+    if init_from:
+        config, own, weights = initial_weights(config, init_from, resumed, data_dir, display.line)
+    else:
+        own = run_dir.own_tokenizer(resumed, config)
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)
     config, tokenizer = executor.config, data.tokenizer
+    if weights:
+        weights.require_vocabulary(tokenizer.vocab_size)
     prompt = sample_prompt(config.prompt, tokenizer, corpus)
     n_train = f"{len(data.train_N):,}" if isinstance(data.train_N, np.ndarray) else f"{data.train_N.n_files:,} files of"
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
-    with contextlib.closing(run_dir.create_together(folder, config, tokenizer, corpus, overwrite)) as run:
+    base = weights.record if weights else None
+    with contextlib.closing(run_dir.create_together(folder, config, tokenizer, corpus, overwrite, base)) as run:
         headline = (
-            f"{config.preset} on {corpus.name} ({n_train} training and {len(data.val_N):,} validation "
+            f"{init_from or config.preset} on {corpus.name} ({n_train} training and {len(data.val_N):,} validation "
             f"tokens, vocabulary {tokenizer.vocab_size}) on {executor.describe_devices()} in {config.dtype}, "
             f"--parallel {config.parallel}"
         )
@@ -93,9 +104,10 @@ def train(
                 display.line(summary(executor, made.loader.take(0, 1)))
             return made
 
-        return run_training(
-            run, executor, headline, task, executor.init_state, [display], display.line, started, policy
-        )
+        def first_state() -> TrainState:
+            return weights.state(executor) if weights else executor.init_state()
+
+        return run_training(run, executor, headline, task, first_state, [display], display.line, started, policy)
 
 
 class LanguageModelingTask(Task):

@@ -34,12 +34,14 @@ from parity_tests.checks.whole_model import FLOOR
 from parity_tests.engine.harness import Row, max_abs, own_errors, worst_tensor
 from parity_tests.tolerances import error_row, ratio_row, row
 
-MODEL = ModelConfig(**{**SIZES.__dict__, "tied_head": True, "gelu": "tanh", "init": "gpt2"})
+MODEL = dataclasses.replace(SIZES, tied_head=True, gelu="tanh", init="gpt2")
+# The other value of each option that Hugging Face's configuration has. Theirs has biases: here, of 0.
+OTHER_MODEL = dataclasses.replace(SIZES, tied_head=False, gelu="erf", init="gpt2", bias=False, layer_norm_eps=1e-3)
 MISSING = None if importlib.util.find_spec("transformers") else "transformers is not installed"
 
 
 @cache
-def hugging_face(precision: str) -> Any:
+def hugging_face(precision: str, shape: ModelConfig = MODEL) -> Any:
     """GPT2LMHeadModel at the small sizes, its weights as after training."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -52,6 +54,9 @@ def hugging_face(precision: str) -> Any:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function={"tanh": "gelu_new", "erf": "gelu"}[shape.gelu],
+        tie_word_embeddings=shape.tied_head,
+        layer_norm_epsilon=shape.layer_norm_eps,
         bos_token_id=0,
         eos_token_id=None,
         pad_token_id=0,
@@ -61,32 +66,40 @@ def hugging_face(precision: str) -> Any:
     model = GPT2LMHeadModel(config)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             p.copy_(p * 8 if p.ndim == 2 else p + 0.1 * torch.randn(p.shape, generator=draw))
+            if name.endswith("bias") and not shape.bias:
+                p.zero_()
     return model.to(TORCH_DTYPES[precision]).eval()
 
 
 @cache
-def hugging_face_results(precision: str) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+def hugging_face_results(precision: str, shape: ModelConfig) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     """Logits, loss and gradients by the tutorials' names."""
-    model = hugging_face(precision)
-    idx_BT, target_BT = torch_batch(_case(), 0)
+    model = hugging_face(precision, shape)
+    idx_BT, target_BT = torch_batch(_case(shape), 0)
     logits = model(idx_BT).logits
     loss = torch.nn.functional.cross_entropy(logits.view(-1, VOCAB), target_BT.reshape(-1))
     model.zero_grad()
     loss.backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    return logits.detach().numpy(), loss.item(), tutorial_names(grads)
+    return logits.detach().numpy(), loss.item(), _with_biases(tutorial_names(grads), shape)
 
 
-def _case() -> Case:
-    return Case("GPT-2 of Hugging Face", TrainConfig(model=MODEL, batch_size=BATCH))
+def _with_biases(tensors: dict[str, np.ndarray], shape: ModelConfig) -> dict[str, np.ndarray]:
+    return {name: p for name, p in tensors.items() if shape.bias or not name.endswith("bias")}
 
 
-def _case_with_their_weights() -> Case:
-    case = dataclasses.replace(_case(), weights="Hugging Face's")
-    state = {name: p.numpy() for name, p in hugging_face("float32").state_dict().items()}
-    case.__dict__["start"] = torch_names.tutorial_names(state)  # in place of what `Case.start` would draw
+def _case(shape: ModelConfig) -> Case:
+    others = "" if shape == MODEL else ", untied, erf, no biases, eps 1e-3"
+    return Case(f"GPT-2 of Hugging Face{others}", TrainConfig(model=shape, batch_size=BATCH))
+
+
+def _case_with_their_weights(shape: ModelConfig) -> Case:
+    case = dataclasses.replace(_case(shape), weights="Hugging Face's")
+    state = {name: p.numpy() for name, p in hugging_face("float32", shape).state_dict().items()}
+    # In place of what `Case.start` would draw.
+    case.__dict__["start"] = _with_biases(torch_names.tutorial_names(state), shape)
     return case
 
 
@@ -95,15 +108,20 @@ def check_gpt2(quick: bool) -> Iterator[Row]:
     if MISSING:
         yield row("GPT-2 logits", "float64", "GPT-2 of Hugging Face", note=MISSING, not_run=True)
         return
-    case = _case_with_their_weights()
-    truth, true_loss, true_grads = hugging_face_results("float64")
+    for shape in (MODEL,) if quick else (MODEL, OTHER_MODEL):
+        yield from _compare(_case_with_their_weights(shape), quick)
+
+
+def _compare(case: Case, quick: bool) -> Iterator[Row]:
+    shape = case.config.model
+    truth, true_loss, true_grads = hugging_face_results("float64", shape)
     for precision in ("float64",) if quick else ("float64", "float32"):
         with precision_of(precision):
             results = flax_results(case, precision)
         if precision == "float64":
             yield error_row("GPT-2 logits", precision, case.name, partial(max_abs, results.logits, truth))
         else:
-            theirs = hugging_face_results(precision)[0]
+            theirs = hugging_face_results(precision, shape)[0]
             yield ratio_row("GPT-2 logits", precision, case.name, partial(own_errors, results.logits, theirs, truth))
         yield row("loss", precision, case.name, abs(results.loss / true_loss - 1))
         yield row("perplexity", precision, case.name, abs(perplexity(results.loss) / math.exp(true_loss) - 1))
@@ -115,7 +133,8 @@ def check_gpt2(quick: bool) -> Iterator[Row]:
 
 def _greedy(case: Case, n_prompts: int) -> Iterator[Row]:
     """From several prompts to the end of the block, which is as far as their positions go."""
-    model = hugging_face("float64")
+    shape = case.config.model
+    model = hugging_face("float64", shape)
     prompts = case.batch(0)[0][:n_prompts, :3]
     n_new = SIZES.block_size - 3
     idx = torch.from_numpy(prompts).long()
@@ -126,7 +145,7 @@ def _greedy(case: Case, n_prompts: int) -> Iterator[Row]:
     with precision_of("float64"):
         objective = objective_of(case, "float64")
         params = jax.tree.map(jnp.asarray, flax_params(case, objective))
-        tokens = np.stack(list(ours.generate_batch(objective.exact_model, params, MODEL, prompts, sampling)), axis=1)
+        tokens = np.stack(list(ours.generate_batch(objective.exact_model, params, shape, prompts, sampling)), axis=1)
     label = f"{case.name}, {text.size} tokens, {len(np.unique(text))} distinct"
     yield row("greedy text, tokens that differ", "float64", label, int((tokens != text).sum()))
 
@@ -146,5 +165,5 @@ def check_nanogpt_names(quick: bool) -> Iterator[Row]:
     n_wrong = len(set(theirs) ^ set(ours_)) + sum(
         not np.array_equal(theirs[n], ours_[n]) for n in set(theirs) & set(ours_)
     )
-    expected = set(torch_model(_case(), "float32").state_dict())
+    expected = set(torch_model(_case(MODEL), "float32").state_dict())
     yield row("conversion, tensors that differ", "float32", "nanoGPT's names", n_wrong + len(expected ^ set(theirs)))

@@ -31,6 +31,7 @@ from torch_ref.train import whole_split_loss as torch_whole_split
 
 # Gradients of the documented start are small (attention is flat there), so what counts as zero is smaller.
 FLOOR = 1e-10
+ATTENTION_DROPOUT = dataclasses.replace(SIZES, dropout=0.3, attention_dropout=0.2, layer_norm_eps=1e-3)
 
 
 def cases(quick: bool) -> list[Case]:
@@ -42,6 +43,8 @@ def cases(quick: bool) -> list[Case]:
         small("GELU tanh", model=dataclasses.replace(SIZES, gelu="tanh")),
         dataclasses.replace(small("query, key and value fused"), fused_qkv=True),
         small("dropout, masks passed in", model=dataclasses.replace(SIZES, dropout=0.3)),
+        small("dropout of attention, eps 1e-3", model=ATTENTION_DROPOUT),
+        dataclasses.replace(small("no biases, fused", model=dataclasses.replace(SIZES, bias=False)), fused_qkv=True),
         documents_case(),
     ]
     return small_ones[:1] if quick else small_ones + preset_cases()
@@ -80,7 +83,7 @@ def compare_gradients(case: Case, precision: str, ours: Results, truth: Results)
     yield row(check, precision, case.label, error, note=where)
     # Softmax does not change when all scores of a query shift by the same: the rest is rounding, against the gradient
     # of the query's bias, which has the same size before it cancels.
-    zeros = []
+    zeros = [0.0]  # a model without biases has none
     for name in set(truth.grads) - set(compared):
         expected = truth.grads[name.replace("Wk", "Wq")]
         same_form = ours.grads[name].shape == expected.shape and ours.grads[name].dtype == precision

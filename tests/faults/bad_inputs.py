@@ -136,20 +136,12 @@ CHOICES = [MISSING, "", "none-of-these", "Auto", NUL]
 SWITCHES = ["maybe", "1"]
 POSITIVE = {  # 0 is refused
     *("batch_size", "checkpoint_every", "keep_checkpoints", "steps", "sample_tokens", "lr", "eps", "eval_every"),
-    *(
-        "max_new_tokens",
-        "samples",
-        "max_tokens",
-        "stride",
-        "top_p",
-        "repetition_penalty",
-        "model.n_layer",
-        "model.n_head",
-        "model.n_embd",
-    ),
-    *("model.block_size", "tokens"),
+    *("max_new_tokens", "samples", "max_tokens", "stride", "top_p", "model.n_layer", "model.n_head", "model.n_embd"),
+    "repetition_penalty",
+    *("model.block_size", "tokens", "model.layer_norm_eps"),
 }
-BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout"}  # 1 is refused
+# 1 is refused
+BELOW_ONE = {"beta1", "beta2", "momentum", "model.dropout", "model.attention_dropout", "model.layer_norm_eps"}
 
 INPUT_FILES = [MISSING, "nothing", "folder", "pipe", "dangling", "loop", "good.txt/x", LONG, NUL, SURROGATE, "a\nb", ""]
 DATA_DIRS = [MISSING, "nothing", "good.txt", "pipe", "loop", "dangling", "good.txt/x", LONG, NUL, SURROGATE]
@@ -194,6 +186,7 @@ NAMES: dict[str, list[str | None]] = {
     "optimizer_state": INPUT_FILES,
     "out": NEW_FOLDERS,
     "run": INPUT_FILES,
+    "init_from": INPUT_FILES,
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
     "json": NEW_FILES,
     "target": [MISSING, "", "v5", "v5e:", "v5e:0x1", "v5e:8", "v5e:2x2x1", "v5p:2x2", "h100", "H100:0", "H100:9", NUL],

@@ -30,7 +30,7 @@ BASE = {
 }  # fmt: skip
 # Other processes would be waited for.
 PROCESSES = {"distributed", "coordinator", "num_processes", "process_id"}
-NOT_DRAWN = {"run", "texts", "out_dir", "data_dir", "overwrite", *PROCESSES}
+NOT_DRAWN = {"run", "init_from", "texts", "out_dir", "data_dir", "overwrite", *PROCESSES}
 # Of the numbers and names whose valid values are others than those of their type in general.
 VALID: dict[str, list[Any]] = {
     "dataset": ["file:words.txt", "file:rows.csv", "file:rows.jsonl", "nothing,file:words.txt"],
@@ -63,6 +63,7 @@ VALID: dict[str, list[Any]] = {
     "model.n_head": [1, 2, 3, 4],
     "model.n_embd": [1, 2, 4, 6, 12],
     "model.block_size": [1, 2, 7, 16],
+    "model.layer_norm_eps": [1e-12, 1e-5, 0.5],
 }
 INTEGERS, FLOATS = [0, 1, 2, 3], [0.0, 0.1, 0.5, 0.999]
 INVALID = ["", "-1", "nan", "inf", "1e3", "many", "9" * 30, "-0.5", "2147483648", "None", "0"]

@@ -80,11 +80,13 @@ def same_to_the_last_bit(a: Path, b: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", [False, True], ids=["a text", "a corpus in shards"])
-def test_two_processes_train_what_one_does(processes, command, text, text_file, tmp_path, streams):
+@pytest.mark.parametrize("kind", ["a text", "a corpus in shards", "weights of a run"])
+def test_two_processes_train_what_one_does(processes, command, text, text_file, trained, tmp_path, kind):
     """A sum of two is the same in both orders, so all is equal to the last bit; one process speaks and writes."""
     more = ["--steps=21", "--sample-every=20"]
-    if streams:
+    if kind == "weights of a run":
+        more += [f"--init-from={trained}"]
+    if kind == "a corpus in shards":
         (tmp_path / "corpus").mkdir()
         for number in range(3):
             rows = pyarrow.table({"text": text.split()[number::3]})

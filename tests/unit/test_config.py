@@ -18,10 +18,12 @@ from jaxgpt.config import (
 from jaxgpt.errors import UserError
 from jaxgpt.presets import BENCHMARKS, PRESETS
 
+OTHERS = (True, 1e-5, 0.0)  # biases, LayerNorm's epsilon, dropout of attention weights
+
 
 def test_tinygpt_is_as_documented():
     c = PRESETS["tinygpt"]
-    assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0, False, "erf", "documented")
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 64, 0.0, False, "erf", "documented", *OTHERS)
     assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 500, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 1.0, "constant")
     assert (c.eval_every, c.eval_batches) == (50, 1)
@@ -29,7 +31,7 @@ def test_tinygpt_is_as_documented():
 
 def test_minigpt_is_as_documented():
     c = PRESETS["minigpt"]
-    assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0, False, "erf", "documented")
+    assert dataclasses.astuple(c.model) == (4, 4, 64, 128, 0.0, False, "erf", "documented", *OTHERS)
     assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (32, 5000, 3e-4, 0.01, "all")
     assert (c.beta1, c.beta2, c.eps, c.clip, c.schedule) == (0.9, 0.999, 1e-8, 0.0, "constant")
     assert (c.eval_every, c.eval_batches) == (500, 10)
@@ -37,7 +39,7 @@ def test_minigpt_is_as_documented():
 
 def test_wikitext2_is_as_documented():
     c = PRESETS["wikitext2"]
-    assert dataclasses.astuple(c.model) == (4, 8, 256, 128, 0.1, False, "erf", "documented")
+    assert dataclasses.astuple(c.model) == (4, 8, 256, 128, 0.1, False, "erf", "documented", *OTHERS)
     assert (c.batch_size, c.steps, c.epochs, c.lr, c.decay, c.decay_mask) == (16, 2000, 20, 3e-4, 0.1, "matrices")
     assert (c.beta1, c.beta2, c.eps, c.clip) == (0.9, 0.95, 1e-8, 1.0)
     assert (c.schedule, c.warmup_steps, c.decay_steps, c.min_lr) == ("warmup-cosine", 200, 2000, 3e-5)
@@ -49,7 +51,7 @@ def test_wikitext2_is_as_documented():
 def test_nanogpts_are_as_published():
     """config/train_shakespeare_char.py over the defaults of train.py, and the README's command for a CPU."""
     c = PRESETS["nanogpt-char"]
-    assert dataclasses.astuple(c.model) == (6, 6, 384, 256, 0.2, True, "erf", "gpt2")
+    assert dataclasses.astuple(c.model) == (6, 6, 384, 256, 0.2, True, "erf", "gpt2", *OTHERS)
     assert (c.batch_size, c.steps, c.lr, c.decay, c.decay_mask) == (64, 5000, 1e-3, 0.1, "matrices")
     assert (c.beta1, c.beta2, c.eps, c.clip) == (0.9, 0.99, 1e-8, 1.0)
     assert (c.schedule, c.warmup_steps, c.cosine_end, c.min_lr) == ("warmup-cosine", 100, 5000, 1e-4)
@@ -57,10 +59,23 @@ def test_nanogpts_are_as_published():
         "tinyshakespeare", "char", "windows", 250, 200
     )  # fmt: skip
     small = PRESETS["nanogpt-cpu"]
-    assert dataclasses.astuple(small.model) == (4, 4, 128, 64, 0.0, True, "erf", "gpt2")
+    assert dataclasses.astuple(small.model) == (4, 4, 128, 64, 0.0, True, "erf", "gpt2", *OTHERS)
     assert (small.batch_size, small.steps, small.cosine_end, small.eval_batches) == (12, 2000, 2000, 20)
     same = dict(preset=c.preset, model=c.model, batch_size=64, steps=5000, eval_batches=200)
     assert dataclasses.replace(small, **same) == c
+
+
+def test_gpt2s_recipes_are_as_published():
+    """llm.c's scripts/run_gpt2_124M.sh, _350M.sh, _774M.sh and _1558M.sh, over the defaults of its train_gpt2.cu."""
+    tokens, rates = 524_288, {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 6e-4}
+    steps = {"gpt2": 18_865, "gpt2-medium": 60_000, "gpt2-large": 286_102, "gpt2-xl": 32_000}
+    for name, lr in rates.items():
+        c, is_largest = PRESETS[name], name == "gpt2-xl"
+        assert (c.preset, c.tokens_per_step, c.steps) == (name, tokens * (1 + is_largest), steps[name])
+        assert (c.lr, c.min_lr, c.warmup_steps, c.schedule) == (lr, 6e-5 * is_largest, 700, "warmup-cosine")
+        assert (c.beta1, c.beta2, c.eps, c.clip, c.decay, c.decay_mask) == (0.9, 0.95, 1e-8, 1.0, 0.1, "matrices")
+        assert (c.tokenizer, c.packing) == ("gpt2", "chunks")
+        assert dataclasses.astuple(c.model)[3:] == (1024, 0.0, True, "tanh", "gpt2", *OTHERS)
 
 
 def test_what_is_timed_is_what_is_trained():

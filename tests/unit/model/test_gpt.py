@@ -10,6 +10,7 @@ import pytest
 
 from jaxgpt import parallel
 from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.memory import count_params
 from jaxgpt.model import gpt as models
 from jaxgpt.model.gpt import Numerics
 from jaxgpt.model.sampling import empty_cache
@@ -41,6 +42,59 @@ def logits(params, idx_BT, config=CONFIG, numerics=None, keys=None):
 def test_number_of_parameters(preset, n_params):
     shapes = jax.eval_shape(lambda: models.init_params(jax.random.key(0), PRESETS[preset].model, 65, Numerics()))
     assert sum(np.prod(p.shape) for p in shapes.values()) == n_params
+
+
+@pytest.mark.parametrize(
+    "preset, n_params",  # as Hugging Face and llm.c count them
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_shapes_of_gpt2(preset, n_params):
+    config = PRESETS[preset]
+    assert sum(count_params(config.model, 50_257, None)) == n_params
+    assert config.tokens_per_step == 2**19 * (2 if preset == "gpt2-xl" else 1)
+
+
+def test_without_biases_and_with_another_epsilon():
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8)
+    without = dataclasses.replace(config, bias=False)
+    params = models.init_params(jax.random.key(1), config, VOCAB, Numerics())
+    kept = models.init_params(jax.random.key(1), without, VOCAB, Numerics())
+    assert set(kept) == {name for name in params if not name.endswith(".bias")}
+    assert sum(p.size for p in kept.values()) == sum(count_params(without, VOCAB, None))
+    classifier = models.init_params(jax.random.key(1), without, VOCAB, Numerics(), 3)
+    assert "classifier.bias" in classifier
+    assert sum(p.size for p in classifier.values()) == sum(count_params(without, VOCAB, 3))
+    idx_BT = jnp.zeros((1, 8), jnp.int32)
+    outputs = [
+        logits(params, idx_BT, dataclasses.replace(config, layer_norm_eps=epsilon)) for epsilon in (1e-5, 1e-5, 1e-4)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert not np.array_equal(outputs[0], outputs[2])
+
+
+def test_attention_dropout_zeroes_and_scales_weights_in_training_alone():
+    """One layer, values that are all 1: the output of attention is the sum of the weights that are kept."""
+    rate, T = 0.25, 64
+    keys = jax.random.split(jax.random.key(0), 8)
+    weight_BHTS = jnp.full((8, 2, T, T), 1 / T)
+    dropped = np.asarray(models.dropout(weight_BHTS, rate, keys, 3))
+    kept = dropped != 0
+    assert abs(kept.mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.size) ** 0.5
+    np.testing.assert_allclose(dropped[kept], 1 / T / (1 - rate), rtol=1e-6)
+    assert (kept[:, 0] != kept[:, 1]).any() and (kept[0] != kept[1]).any()  # neither heads nor rows share a mask
+
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, attention_dropout=0.5)
+    params = models.init_params(jax.random.key(1), config, VOCAB, Numerics())
+    idx_BT = jnp.zeros((2, 8), jnp.int32)
+    evaluated = logits(params, idx_BT, config)
+    plain = logits(params, idx_BT, dataclasses.replace(config, attention_dropout=0.0))
+    np.testing.assert_allclose(evaluated, plain, rtol=1e-5, atol=1e-6)
+    assert np.abs(logits(params, idx_BT, config, keys=keys[:2]) - evaluated).max() > 1e-4
 
 
 def test_initialisation_is_as_documented():
