@@ -491,10 +491,18 @@ class SamplingConfig:
     """Only the k most likely tokens (0 = all)."""
     top_p: float = 1.0
     """Only the most likely tokens that together reach this probability (1 = all)."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the most likely one's probability (0 = all)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that the text holds, and multiplies the negative ones (1 = off)."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these that it would hold."""
+    ignore_end_of_text: bool = False
+    """Go on past the tokenizer's end-of-text token, which else ends a text."""
     seed: int = 1337
     """The same seed gives the same text."""
     samples: int = 1
-    """Continuations of the prompt; the seed of each is one more than of the one before."""
+    """Continuations of each prompt; the seed of each is one more than of the one before."""
 
     def __post_init__(self):
         require_int32(self)
@@ -503,6 +511,10 @@ class SamplingConfig:
         require_at_least(0, self, "top_k")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "give 0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1")
+        penalty = self.repetition_penalty
+        require(0 < penalty < math.inf, "repetition_penalty", penalty, "give a number above 0; 1 is off")
+        require("" not in self.stop, "stop", "''", "holds no character; give at least one, or leave it out")
         require_seed(self.seed)
         last = self.seed + self.samples - 1
         require(last < 2**31, "samples", self.samples, f"its last seed would be {last}; lower it, or --seed")

@@ -1,9 +1,11 @@
 """The documented loops as configurations: the defaults of all flags, by `--preset`; and what is timed."""
 
 import dataclasses
+import difflib
 from typing import Any
 
 from jaxgpt.config import ModelConfig, TrainConfig
+from jaxgpt.errors import UserError
 
 
 def _gpt2_like(n_layer: int, n_head: int, n_embd: int, block_size: int, **others: Any) -> ModelConfig:
@@ -120,6 +122,32 @@ PRESETS = {
         min_lr=6e-5,
     ),
 }
+
+
+def configure(preset: str = "minigpt", **flags: Any) -> TrainConfig:
+    """A configuration: a preset with other values for some of its fields.
+
+    Args:
+        preset: a name of `PRESETS`.
+        flags: fields of `TrainConfig` or of its `model`, as `steps=100, n_layer=2`.
+
+    Raises:
+        UserError: there is no such preset or field, or a value is out of its range.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown preset; choose of {', '.join(PRESETS)}")
+    config = PRESETS[preset]
+    of_model = {f.name for f in dataclasses.fields(ModelConfig)}
+    known = of_model | {f.name for f in dataclasses.fields(TrainConfig)}
+    for name in flags:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    shape = {name: value for name, value in flags.items() if name in of_model}
+    rest = {name: value for name, value in flags.items() if name not in of_model}
+    if shape:
+        rest["model"] = dataclasses.replace(rest.get("model", config.model), **shape)
+    return dataclasses.replace(config, **rest)
 
 
 def _timed(batch_size: int, model: ModelConfig) -> TrainConfig:

@@ -236,8 +236,8 @@ def choose(change: Callable[..., Any]) -> Patch:
     """`sampling.choose` with a change: (vocabulary, temperature, top_k, top_p) -> the last three."""
 
     def wrapper(real: Any) -> Any:
-        def mutated(logits_V: Any, key: Any, temperature: Any, top_k: Any, top_p: Any) -> Any:
-            return real(logits_V, key, *change(len(logits_V), temperature, top_k, top_p))
+        def mutated(logits_V: Any, key: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any = 0.0) -> Any:
+            return real(logits_V, key, *change(len(logits_V), temperature, top_k, top_p), min_p)
 
         return mutated
 

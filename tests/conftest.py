@@ -91,10 +91,11 @@ def command(user_env):
 def start(user_env):
     """Starts a script of scripts/ and returns the process, its output in one stream of text."""
 
-    def begin(script: str, *args: object) -> subprocess.Popen:
+    def begin(script: str, *args: object, stdin: int | None = None) -> subprocess.Popen:
         line = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
         env = {**os.environ, **user_env}
-        return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        streams = dict(stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(line, env=env, text=True, **streams)
 
     return begin
 

@@ -8,7 +8,6 @@ import tyro
 
 from jaxgpt import strict_json
 from jaxgpt.cli.args import parse_flags
-from jaxgpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,17 @@ class EvaluateFlags:
 
 def main(args: list[str]) -> None:
     flags = parse_flags(EvaluateFlags, args, __doc__, "jaxgpt evaluate")
-    from jaxgpt.model.loss import perplexity
-    from jaxgpt.runs.restore import print_progress, restore_language_model, split_of
-    from jaxgpt.tasks.language_modeling import whole_split_loss
+    import jaxgpt
+    from jaxgpt.runs.restore import print_progress
 
-    run, executor, state = restore_language_model(flags.run, flags.checkpoint)
-    block_size = run.config.model.block_size
-    if flags.stride is not None and not 1 <= flags.stride <= block_size:
-        raise UserError(f"--stride {flags.stride}: give a whole number from 1 to the run's block of {block_size}")
-    tokens_N = split_of(run, flags.split, flags.data_dir)
-    whole = whole_split_loss(executor, state.params, tokens_N, run.tokenizer, flags.stride, print_progress)
-    ppl, bpb = perplexity(whole.loss), whole.bits_per_byte
+    model = jaxgpt.load(flags.run, flags.checkpoint)
+    whole = jaxgpt.evaluate(model, flags.split, flags.stride, flags.data_dir, print_progress)
+    ppl, bpb = whole.perplexity, whole.bits_per_byte
     if flags.json:
         print(strict_json.dumps({"loss": whole.loss, "ppl": ppl, "tokens": whole.tokens, "bits_per_byte": bpb}))
     else:
         stride = f" at stride {flags.stride}" if flags.stride else ""
         print(
-            f"{flags.run} after {int(state.step)} steps, whole {flags.split} split ({whole.tokens:,} tokens{stride}): "
+            f"{flags.run} after {model.step} steps, whole {flags.split} split ({whole.tokens:,} tokens{stride}): "
             f"loss {whole.loss:.4f}  perplexity {ppl:.3f}  bits per byte {bpb:.4f}"
         )

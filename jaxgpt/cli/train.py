@@ -1,6 +1,5 @@
 """Train a GPT: jaxgpt train --dataset tinyshakespeare"""
 
-import dataclasses
 import time
 
 from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
@@ -23,18 +22,9 @@ def main(args: list[str], started: float | None = None) -> int:
 
 
 def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
-    # Imported here, and jax last: bad flags and missing data are reported without waiting for these imports.
-    from jaxgpt.data.corpora import load_corpus, streaming_of_run
+    # Imported here: bad flags are reported without waiting for these imports.
+    from jaxgpt.api import train_or_resume
     from jaxgpt.progress import ProgressDisplay
-    from jaxgpt.runs.run_dir import recorded_choice, recorded_dataset
 
-    display = ProgressDisplay(prints)
-    spec = recorded_choice(flags.out_dir, flags.dataset)
-    recorded = None if flags.overwrite else recorded_dataset(flags.out_dir)
-    streaming = streaming_of_run(recorded, flags.streaming) if recorded else flags.streaming
-    corpus = load_corpus(spec, flags.data_dir, display.line, flags.text_column, streaming)
-    from jaxgpt.tasks.language_modeling import train
-
-    config = dataclasses.replace(config_of(flags), dataset=corpus.name)
-    rest = (display, started, flags.data_dir, flags.loader, flags.summary)
-    return train(config, corpus, flags.out_dir, flags.overwrite, *rest, flags, flags.mesh, flags.init_from)
+    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh, flags.init_from)
+    return train_or_resume(config_of(flags), flags.out_dir, flags.data_dir, flags.overwrite, *rest)[1]

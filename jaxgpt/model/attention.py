@@ -56,6 +56,8 @@ def causal_attention(
         )
         out_GTD = _blocked_attention(q_GTD, k_GTD, v_GTD)
         return out_GTD.reshape(n_rows, n_head, n_queries, head_size).transpose(0, 2, 1, 3)
+    if n_queries == 1 and document_BT is None:
+        return _one_query_attention(q_BTHD, k_BSHD, v_BSHD, start)
     return weighted_values(attention_weights(q_BTHD, k_BSHD, start, document_BT), v_BSHD)
 
 
@@ -63,6 +65,19 @@ def weighted_values(att_BHTS: Array, v_BSHD: Array) -> Array:
     """The sum of the values, weighted by each query's attention, [B, T, H, D] in the values' dtype."""
     att_BHTS = att_BHTS.astype(v_BSHD.dtype)  # cast: probabilities to the compute dtype
     return jnp.einsum("BHTS,BSHD->BTHD", att_BHTS, v_BSHD)
+
+
+def _one_query_attention(q_B1HD: Array, k_BSHD: Array, v_BSHD: Array, start: Array | int) -> Array:
+    """`causal_attention` of a single query over a cache, as products and sums of arrays.
+
+    XLA's CPU backend computes a matrix product for each row and head one number at a time, which takes three to nine
+    times as long as reading the cache once (docs/speed-log.md).
+    """
+    stream_dtype = jnp.promote_types(q_B1HD.dtype, jnp.float32)
+    score_BSH = jnp.sum(q_B1HD.astype(stream_dtype) * k_BSHD, axis=-1)  # cast: sums in the scores' dtype
+    seen_S1 = (jnp.arange(k_BSHD.shape[1]) <= start)[:, None]
+    att_BSH = jax.nn.softmax(jnp.where(seen_S1, score_BSH * q_B1HD.shape[-1] ** -0.5, -jnp.inf), axis=1)
+    return jnp.sum(att_BSH[..., None] * v_BSHD, axis=1, keepdims=True).astype(v_BSHD.dtype)  # cast: back
 
 
 def attention_weights(q_BTHD: Array, k_BSHD: Array, start: Array | int = 0, document_BT: Array | None = None) -> Array:

@@ -257,6 +257,10 @@ class SplitLoss(NamedTuple):
     batch_mean: float  # the documented mean of the batches' mean losses
 
     @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
     def bits_per_byte(self) -> float:
         """The loss in bits per byte of UTF-8, by which tokenizers compare; NaN without bytes."""
         return self.loss * self.tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan

@@ -40,6 +40,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
     ("docs/benchmarks.md", "make accelerator"),
+    ("docs/benchmarks.md", "python -m benchmarks.generation --docs"),
     ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
     ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),
     ("docs/parity.md", "python scripts/parity.py"),
@@ -156,12 +157,28 @@ def test_the_readmes_commands_print_what_it_shows(reader):
         assert wanted and wanted <= printed, sorted(wanted - printed)
 
 
-def test_the_readmes_library_example_lowers_the_loss(monkeypatch, capsys):
-    (block,) = [block for block in blocks("README.md") if block.language == "python"]
-    monkeypatch.chdir(ROOT)
-    exec(compile(block.text, "README.md", "exec"), {})
-    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+def python_output(page, folder, monkeypatch, capsys) -> list[str]:
+    """What the Python block of a page prints in a reader's folder."""
+    (block,) = [block for block in blocks(page) if block.language == "python"]
+    monkeypatch.chdir(folder_of_a_reader(folder))
+    monkeypatch.setenv("HOME", str(folder))
+    exec(compile(block.text, page, "exec"), {})
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_the_readmes_library_example(tmp_path, monkeypatch, capsys):
+    """It learns: the perplexity of a model that knows nothing is its vocabulary."""
+    perplexity, shape, *texts = python_output("README.md", tmp_path, monkeypatch, capsys)
+    n_tokens, vocab_size = map(int, re.findall(r"\d+", shape))
+    assert n_tokens == len("A GPT trainer") and 3 < float(perplexity.split()[1]) < vocab_size - 20
+    assert texts[0].startswith("A GPT") and any(line.startswith("PyTorch is") for line in texts)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_librarys_page(tmp_path, monkeypatch, capsys):
+    lines = python_output("docs/library.md", tmp_path, monkeypatch, capsys)
+    assert lines[0].startswith("20 ") and lines[2].startswith("(7, ") and "the " in "\n".join(lines)
 
 
 def test_no_block_is_left_out_silently():

@@ -137,6 +137,7 @@ SWITCHES = ["maybe", "1"]
 POSITIVE = {  # 0 is refused
     *("batch_size", "checkpoint_every", "keep_checkpoints", "steps", "sample_tokens", "lr", "eps", "eval_every"),
     *("max_new_tokens", "samples", "max_tokens", "stride", "top_p", "model.n_layer", "model.n_head", "model.n_embd"),
+    "repetition_penalty",
     *("model.block_size", "tokens", "model.layer_norm_eps"),
 }
 # 1 is refused
@@ -172,6 +173,8 @@ NAMES: dict[str, list[str | None]] = {
     "label_column": [MISSING, "class", "Label", "text,label"],
     "tokenizer": [MISSING, "", "Char", "gpt3", "bpe", "bpe:", "bpe:-1", "bpe:256", "bpe:1000001", "bpe:٣٠٠", "bpe:1e3"],
     "prompt": [MISSING, "", "\0", SURROGATE],
+    "prompts_file": INPUT_FILES[:-1],
+    "stop": [MISSING, ""],
     "preset": [MISSING, "", "minigtp", "MINIGPT", NUL],
     "attention": [MISSING, "", SURROGATE],
     "surprise": [MISSING, "", "l", SURROGATE],
@@ -353,6 +356,10 @@ def contradictory() -> Iterator[BadInput]:
     yield _line("generate", "--samples=1001", "--samples 1001", "at most")
     yield _line("generate", "--samples=2 --seed=2147483647", "--samples 2", "--seed")
     yield _line("generate", "--top-p=1.5", "--top-p 1.5")
+    yield _line("generate", "--min-p=1.5", "--min-p 1.5")
+    yield _line("generate", "--interactive", "--interactive")
+    for path in ("nothing", "folder", "pipe", "/dev/zero", "loop"):
+        yield BadInput(("generate", "run", f"--prompts-file={path}"), (f"--prompts-file {path}",))
     yield _line("evaluate", "--stride=9", "--stride 9", "block of 8")
     yield _line("inspect", "", "RUN", "--gradients")
     yield _line("inspect", "--gradients --attention=la", "--gradients and --attention")

@@ -111,10 +111,11 @@ def test_packed_documents_maps_and_the_classifier(params):
 
 
 def test_sampling(params):
-    model, options = gpt.bind(CONFIG, VOCAB, Numerics()), SamplingConfig(max_new_tokens=8, top_k=3, top_p=0.9)
+    model = gpt.bind(CONFIG, VOCAB, Numerics())
+    options = SamplingConfig(max_new_tokens=8, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
     with Axes() as axes:
         list(sampling.generate_batch(model, params, CONFIG, np.ones((B, T), np.int32), options))
-    assert {"prefill.x_BTC", "decode.x_B1C", "choose.sorted_V"} <= axes.names
+    assert {"prefill.x_BWC", "decode.x_BC", "truncate.sorted_V", "next_token.seen_BV"} <= axes.names
 
 
 def test_a_wrong_name_is_found():

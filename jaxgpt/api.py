@@ -1,0 +1,332 @@
+"""The library: train, load, evaluate and sample language models from Python. The commands call the same functions.
+
+The names of this module are `jaxgpt`'s: `import jaxgpt; model = jaxgpt.load("runs/shakespeare")`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxgpt.config import FaultPolicy, SamplingConfig, TrainConfig
+from jaxgpt.errors import UserError
+from jaxgpt.progress import ProgressDisplay
+
+# What imports jax is imported in the functions: missing data is reported without waiting for it.
+if TYPE_CHECKING:
+    import jax
+
+    from jaxgpt.data.tokenizer import Tokenizer
+    from jaxgpt.model.gpt import Params
+    from jaxgpt.runs.restore import RestoredRun
+    from jaxgpt.tasks.language_modeling import SplitLoss
+    from jaxgpt.tasks.text_generation import Continuation, TextModel
+
+Checkpoint = Literal["result", "last", "best"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A trained language model, as `load` gives it."""
+
+    restored: "RestoredRun"
+    """The run, what it is compiled for, and the state of a checkpoint."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """What it was trained by; `config.model` is its shape."""
+        config = self.restored.run.config
+        assert isinstance(config, TrainConfig)
+        return config
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        return self.restored.run.tokenizer
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.restored.state.step)
+
+    @cached_property
+    def params(self) -> "Params":
+        """The parameters by dotted name, in float32, on one device; a Linear's kernel is [inputs, outputs]."""
+        from jaxgpt.parallel import on_one_device
+
+        return on_one_device(self.restored.state.params)
+
+    @cached_property
+    def text_model(self) -> "TextModel":
+        """What `tasks.text_generation` takes."""
+        from jaxgpt.objective import LanguageModelingObjective
+        from jaxgpt.tasks.text_generation import TextModel
+
+        objective = self.restored.executor.objective
+        assert isinstance(objective, LanguageModelingObjective)
+        return TextModel(objective.exact_model, self.params, self.config.model, self.tokenizer)
+
+
+def train(
+    config: TrainConfig,
+    out_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    init_from: str | None = None,
+) -> Path:
+    """Trains a language model to the end, or resumes the run of the same configuration in `out_dir`.
+
+    Call it in the main thread: it handles signals. Ctrl-C saves the state first.
+
+    Args:
+        config: from `configure`.
+        out_dir: the run folder; by default a new one under runs/.
+        data_dir: a folder to look for datasets in first.
+        overwrite: start again if `out_dir` holds a run.
+        quiet: print nothing.
+        init_from: a run or another's model to start from, as `jaxgpt train --init-from` takes it.
+
+    Returns:
+        The run folder, for `load`.
+
+    Raises:
+        UserError: the data, the folder or the memory does not do.
+        LossNotFinite: a loss or a gradient is not finite.
+        SystemExit: a signal stopped it; what is done is saved, and the same call goes on.
+    """
+    out, data = (None if folder is None else Path(folder) for folder in (out_dir, data_dir))
+    path, code = train_or_resume(config, out, data, overwrite, ProgressDisplay(not quiet), init_from=init_from)
+    if code:
+        raise SystemExit(code)
+    return path
+
+
+def train_or_resume(
+    config: TrainConfig,
+    out_dir: Path | None,
+    data_dir: Path | None,
+    overwrite: bool,
+    display: ProgressDisplay,
+    started: float | None = None,
+    loader: str = "auto",
+    summarise: bool = False,
+    policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
+    mesh: str = "",
+    init_from: str | None = None,
+) -> tuple[Path, int]:
+    """`train` with all that `jaxgpt train` takes.
+
+    Args:
+        started: `time.perf_counter()` at the start, for the time to the first step; by default now.
+        loader, summarise, policy, mesh, init_from: as of `tasks.language_modeling.train`.
+
+    Returns:
+        The run folder, and the exit code: 0, or 128 + the signal that stopped the training.
+    """
+    from jaxgpt.data.corpora import load_corpus, streaming_of_run
+    from jaxgpt.runs import run_dir
+
+    started = time.perf_counter() if started is None else started
+    spec = run_dir.recorded_choice(out_dir, config.dataset)
+    recorded = None if overwrite else run_dir.recorded_dataset(out_dir)
+    streaming = streaming_of_run(recorded, config.streaming) if recorded else config.streaming
+    corpus = load_corpus(spec, data_dir, display.line, config.text_column, streaming)
+    from jaxgpt.tasks import language_modeling
+
+    config = dataclasses.replace(config, dataset=corpus.name)
+    folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
+    rest = (display, started, data_dir, loader, summarise)
+    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from)
+
+
+def load(path: str | Path, checkpoint: Checkpoint = "result") -> LanguageModel:
+    """A trained language model.
+
+    Args:
+        path: a run folder.
+        checkpoint: "last", "best" (the one with the lowest validation loss), or "result": the best if the run stopped
+            early, else the last.
+
+    Raises:
+        UserError: there is no run, it has no checkpoint, or it is a classifier's.
+        DamagedRun: its files are damaged.
+    """
+    from jaxgpt.runs import restore
+
+    return LanguageModel(restore.restore_language_model(Path(path), checkpoint))
+
+
+def logits(model: LanguageModel, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+    """The logits of the next token after each token of a text.
+
+    Args:
+        text: a text, or ids [T]; or ids [B, T] of several texts of one length. T is at most a block.
+
+    Returns:
+        float32 [T, V], or [B, T, V].
+
+    Raises:
+        UserError: the text is empty, longer than a block, or holds what the vocabulary has not.
+    """
+    ids = model.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+    block_size, vocab_size = model.config.model.block_size, model.tokenizer.vocab_size
+    if ids.ndim not in (1, 2) or not ids.size or ids.shape[-1] > block_size:
+        raise UserError(f"logits: the ids have the shape {list(ids.shape)}; give 1 to {block_size} tokens of each text")
+    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(f"logits: the ids must be whole numbers from 0 to {vocab_size - 1}")
+    found = _logits(model.text_model.model)(model.params, np.atleast_2d(ids).astype(np.int32))
+    return np.asarray(found if ids.ndim == 2 else found[0])
+
+
+@lru_cache(4)
+def _logits(model: "Callable[[Params], Any]") -> "Callable[[Params, np.ndarray], jax.Array]":
+    """The compiled forward pass. Cached, so that texts of one length compile it once."""
+    import jax
+
+    return jax.jit(lambda params, idx_BT: model(params)(idx_BT))
+
+
+def generate(
+    model: LanguageModel, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, **flags: Any
+) -> "Iterator[Continuation]":
+    """The continuations of prompts, in order; they are computed in batches while you iterate.
+
+    Args:
+        prompts: one prompt or several, of any lengths; the model reads the last block of a longer one.
+        sampling: how tokens are chosen, and where a text ends.
+        flags: fields of `SamplingConfig`, as `temperature=0.8`; they come before those of `sampling`.
+
+    Raises:
+        UserError: a flag is out of its range; a prompt is empty, or has what the vocabulary has not.
+    """
+    from jaxgpt.tasks import text_generation
+
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return text_generation.continuations(model.text_model, prompts, _sampling(sampling, flags))
+
+
+def stream(
+    model: LanguageModel, prompt: str, sampling: SamplingConfig | None = None, **flags: Any
+) -> "Generator[str, None, Continuation]":
+    """The continuation of one prompt, piece by piece as its tokens come. Arguments and errors as of `generate`."""
+    from jaxgpt.tasks import text_generation
+
+    return text_generation.stream(model.text_model, prompt, _sampling(sampling, flags))
+
+
+def _sampling(sampling: SamplingConfig | None, flags: dict[str, Any]) -> SamplingConfig:
+    known = [f.name for f in dataclasses.fields(SamplingConfig)]
+    for name in flags:
+        if name not in known:
+            raise UserError(f"generate: there is no {name}; choose of {', '.join(known)}")
+    if isinstance(stop := flags.get("stop"), str | list):
+        flags["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return dataclasses.replace(sampling or SamplingConfig(), **flags)
+
+
+def evaluate(
+    model: LanguageModel,
+    split: Literal["val", "train"] = "val",
+    stride: int | None = None,
+    data_dir: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> "SplitLoss":
+    """The loss over a whole split of the data that the model was trained on.
+
+    Args:
+        stride: the distance in tokens between the starts of windows, by default a block: a window counts the tokens
+            that no window before it has counted.
+        data_dir: a folder to look for datasets in first.
+        say: takes lines about the progress.
+
+    Returns:
+        The mean loss in nats per token, with `perplexity`, `bits_per_byte`, and how many `tokens`.
+
+    Raises:
+        UserError: the stride is out of its range; the data cannot be had, or is another.
+    """
+    from jaxgpt.runs import restore
+    from jaxgpt.tasks import language_modeling
+
+    run, executor, state = model.restored
+    block_size = model.config.model.block_size
+    if stride is not None and not 1 <= stride <= block_size:
+        raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
+    tokens_N = restore.split_of(run, split, None if data_dir is None else Path(data_dir))
+    return language_modeling.whole_split_loss(executor, state.params, tokens_N, run.tokenizer, stride, say)
+
+
+def import_run(
+    path: str,
+    out_dir: str | Path,
+    config: TrainConfig | None = None,
+    data_dir: str | Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Makes a run from another's model, as `jaxgpt convert import` does.
+
+    Args:
+        path: a folder or repository of Hugging Face's GPT-2, nanoGPT's ckpt.pt, llm.c's .bin, or a safetensors file.
+        out_dir: the folder of the run.
+        config: from `configure`, what the run trains on and how; the model's shape comes from `path`. By default the
+            run holds the model alone.
+        data_dir: a folder to look for datasets in first.
+        say: takes lines about what is read, assumed and left out.
+
+    Returns:
+        The run folder, for `load`.
+
+    Raises:
+        UserError: the folder holds a run, or there is no model at `path`; nothing has been written then.
+    """
+    from jaxgpt.data.corpora import load_corpus
+    from jaxgpt.interop import import_export
+    from jaxgpt.interop.pretrained import load_pretrained
+
+    folder = None if data_dir is None else Path(data_dir)
+    config, corpus = config or TrainConfig(dataset=""), None
+    if config.dataset:
+        corpus = load_corpus(config.dataset, folder, say, config.text_column, config.streaming)
+        config = dataclasses.replace(config, dataset=corpus.name)
+    import_export.require_new_run(Path(out_dir), overwrite, {"PATH": path})
+    pretrained = load_pretrained(path, "PATH", data_dir=folder, say=say)
+    config = import_export.imported_config(config, pretrained)
+    import_export.import_run(config, corpus, pretrained, f"PATH {path}", Path(out_dir), overwrite, say, folder)
+    return Path(out_dir)
+
+
+def export_run(
+    path: str | Path,
+    out: str | Path,
+    to: Literal["huggingface", "nanogpt", "safetensors"] = "huggingface",
+    checkpoint: Checkpoint = "result",
+    overwrite: bool = False,
+) -> int:
+    """Writes a run's model for PyTorch, as `jaxgpt convert export` does.
+
+    Args:
+        path: a run folder.
+        out: the file to write; with `to` "huggingface" a folder.
+        to: "huggingface" for `AutoModelForCausalLM` and `AutoTokenizer`, "nanogpt" for its ckpt.pt, or "safetensors"
+            for the weights alone.
+
+    Returns:
+        The checkpoint's number of updates.
+
+    Raises:
+        UserError: there is no run or checkpoint, or a file exists or cannot be written.
+    """
+    from jaxgpt.interop import import_export
+
+    where = Path(path), checkpoint, Path(out)
+    if to == "huggingface":
+        return import_export.export_huggingface(*where, overwrite)
+    if to == "nanogpt":
+        return import_export.export_nanogpt(*where, overwrite)
+    return import_export.export_safetensors(*where, None, overwrite)
