@@ -23,8 +23,8 @@ class EvaluateFlags:
     """wikitext-2 and -103: perplexity of the test split, by strides. lambada: accuracy and perplexity of last words
     (OpenAI's variant). hellaswag: accuracy on the validation split."""
     file: Path | None = None
-    """With --benchmark, its data: a text for WikiText, JSON Lines for the others. Default: of a data folder or the Hugging
-    Face hub."""
+    """With --benchmark, its data: a text for WikiText, JSON Lines for the others. Default: that of a data folder or the
+    Hugging Face hub."""
     checkpoint: Literal["result", "last", "best"] = "result"
     """result: best if the run stopped early, else last. best: the one with the lowest validation loss."""
     data_dir: Path | None = None

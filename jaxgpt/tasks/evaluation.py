@@ -79,7 +79,7 @@ def log_likelihoods(model: TextModel, requests: Sequence[Request], say: Say = la
         by_length.setdefault(min(max(MIN_LENGTH, 2 ** (n - 1).bit_length()), block_size), []).append(i)
     scores, found, last_said = _scores(model.model), {}, time.monotonic()
     for length, numbers in sorted(by_length.items()):
-        n_rows = max(1, BATCH_TOKENS // length)
+        n_rows = min(max(1, BATCH_TOKENS // length), 2 ** (len(numbers) - 1).bit_length())
         for at in range(0, len(numbers), n_rows):
             batch = numbers[at : at + n_rows]
             idx_BT, target_BT = np.zeros((2, n_rows, length), np.int32)
@@ -164,7 +164,7 @@ def evaluate_benchmark(
         figures = lambada if name == "lambada" else hellaswag
         return figures(model, rows, option, say)
     block_size = model.config.block_size
-    stride = stride or max(1, min(DEFAULT_STRIDE, block_size // 2))
+    stride = max(1, min(DEFAULT_STRIDE, block_size // 2)) if stride is None else stride
     if file:
         option, texts = f"--file {file}", texts_of_file(file, f"--file {file}")
     else:
