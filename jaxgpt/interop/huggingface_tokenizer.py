@@ -146,7 +146,9 @@ def files(tokenizer: Tokenizer, max_tokens: int) -> dict[str, str]:
     else:
         content = _with_end_of_text(_gpt2_model(tokenizer), tokenizer.end_of_text)
     special = (
-        {} if tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        {}
+        if tokenizer.end_of_text is None
+        else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
     )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

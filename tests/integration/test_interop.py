@@ -1,19 +1,23 @@
 """Models of transformers, nanoGPT and llm.c, in and out again; the library and torch are the witnesses."""
 
+import dataclasses
 import json
 import os
 import shutil
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import write_labeled
 from safetensors.numpy import load_file, save_file
 
+from jaxgpt.config import FinetuneConfig, ModelConfig
 from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.interop import huggingface_tokenizer
+from jaxgpt.interop import huggingface, huggingface_tokenizer
 from jaxgpt.interop.pretrained import load_pretrained
 from jaxgpt.model import gpt
 
@@ -401,3 +405,73 @@ def test_the_command_that_goes_on(cli, text_file, tmp_path):
     assert groups == [group["params"] for group in saved["optimizer"]["param_groups"]]
     for number, name in enumerate(names):
         assert back["optimizer"]["state"][number]["exp_avg"].shape == saved["model"][name].shape
+
+
+def classifier(n_classes=3, pool="last_token", bias=True):
+    """A classifier's configuration and random parameters, by Flax name."""
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, gelu="tanh", bias=bias)
+    config = FinetuneConfig(dataset="file:rows.csv", pool=pool, max_tokens=8, model=model)
+    like = jax.eval_shape(
+        lambda: gpt.init_params(jax.random.key(0), model, bpe().vocab_size, gpt.Numerics(), n_classes)
+    )
+    draw = np.random.default_rng(0)
+    return config, {name: draw.standard_normal(p.shape) for name, p in like.items()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_classifiers_bias_goes_into_the_final_norm(bias, tmp_path):
+    """Of random float64 weights: the class scores of transformers' classifier are ours."""
+    config, params = classifier(bias=bias)
+    model = config.model
+    score_KC, norm_C = huggingface.folded_classifier(params)
+    body = {name: p for name, p in params.items() if not name.startswith("classifier.")}
+    tensors = huggingface.weights(model, body) | {"score.weight": score_KC, "transformer.ln_f.bias": norm_C}
+    values = huggingface.config_json(dataclasses.replace(model, tied_head=True), bpe(), num_labels=3, dtype="float64")
+    theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**values)).double().eval()
+    missing = theirs.load_state_dict({name: torch.from_numpy(np.array(p)) for name, p in tensors.items()}, strict=False)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    idx_BT = np.array([[5, 6, 7, 8], [9, 10, values["eos_token_id"], values["eos_token_id"]]])
+    with jax.enable_x64():
+        ours = gpt.bind(model, bpe().vocab_size, gpt.Numerics(jnp.float64, jnp.float64), 3)(params)
+        expected = ours(idx_BT, jnp.array([4, 2]), "last_token")
+    theirs.config.pad_token_id = values["eos_token_id"]
+    np.testing.assert_allclose(their_logits(theirs, idx_BT), expected, rtol=0, atol=1e-11)
+
+
+def test_a_bias_that_no_norm_makes_up_for_is_refused():
+    _, params = classifier()
+    params["classifier.kernel"] = np.zeros_like(params["classifier.kernel"])
+    with pytest.raises(UserError, match="--to huggingface"):
+        huggingface.folded_classifier(params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["last_token", "last"])
+def test_an_exported_classifier(pool, cli, trained, tmp_path):
+    """Of characters, none of which is padding: a text at a time. Another pooling is refused."""
+    rows = write_labeled(tmp_path / "rows.csv")
+    flags = (
+        "--dataset",
+        f"file:{rows}",
+        "--pool",
+        pool,
+        "--max-tokens=16",
+        "--epochs=2",
+        "--out-dir",
+        tmp_path / "run",
+    )
+    assert cli("finetune", trained, *flags).returncode == 0
+    done = cli("convert", "export", tmp_path / "run", "--to", "huggingface", "--out", tmp_path / "out")
+    if pool == "last":
+        assert done.returncode == 2 and "--pool last_token" in done.stderr and not (tmp_path / "out").exists()
+        return
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("la ti", "mo ru mo s", " la"):
+        with torch.no_grad():
+            scores_K = torch.softmax(model(**tokenizer(text, return_tensors="pt")).logits[0], 0)
+        theirs = {model.config.id2label[i]: float(p) for i, p in enumerate(scores_K)}
+        ours = json.loads(cli("classify", tmp_path / "run", text, "--json").stdout)
+        ours = (ours[0] if isinstance(ours, list) else ours)["probabilities"]
+        assert set(ours) == set(theirs) and all(abs(ours[name] - theirs[name]) < 1e-5 for name in ours)
