@@ -461,7 +461,9 @@ def positional() -> Iterator[BadInput]:
         yield BadInput((*words[:at], *(word for word in words[at + 1 :] if word.startswith("--")), *after), ("RUN",))
         other = "run" if command == "classify" else "classifier"
         yield BadInput((*words[:at], other, *words[at + 1 :], *after), ("RUN", other))
-    for path in (*INPUT_FILES[1:], "foreign", "config-only", "no-checkpoint", "classifier"):
+    for path in ("no-checkpoint", "classifier"):
+        yield BadInput(("convert", "import", path, "--out=new"), (f"RUN {path}",))
+    for path in (*INPUT_FILES[1:], "foreign", "config-only"):
         yield BadInput(("convert", "import", path, "--out=new"), (repr(path) if path == NUL else "PATH",))
     for text in ("", " ", "\n", "\t\r\n"):
         yield BadInput(("classify", "classifier", "a text", text), ("TEXT number 2",))

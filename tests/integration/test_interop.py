@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_labeled
+from hub import NAME, serve
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.config import FinetuneConfig, ModelConfig
@@ -475,3 +476,22 @@ def test_an_exported_classifier(pool, cli, trained, tmp_path):
         ours = json.loads(cli("classify", tmp_path / "run", text, "--json").stdout)
         ours = (ours[0] if isinstance(ours, list) else ours)["probabilities"]
         assert set(ours) == set(theirs) and all(abs(ours[name] - theirs[name]) < 1e-5 for name in ours)
+
+
+def test_a_repository_by_its_name(folder, tmp_path, monkeypatch):
+    """The configuration and the weights come from the hub, and nothing that could be executed."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    for name in ("pytorch_model.bin", "modeling_evil.py", "README.md"):
+        (model / name).write_text("evil")
+    with serve(model) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        found = load_pretrained(NAME)
+        assert (found.kind, found.source, found.vocab_size) == ("Hugging Face", NAME, 50)
+        read = {line.rpartition("/")[2] for line in hub.requests if "/resolve/" in line}
+        assert read == {"config.json", "model.safetensors"}
+        with pytest.raises(UserError, match="someone/other: no such file or folder, and as a repository"):
+            load_pretrained("someone/other")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no network.*HF_HUB_OFFLINE"):
+        load_pretrained("someone/other")
