@@ -44,6 +44,8 @@ def imported_config(flags: TrainConfig, pretrained: Pretrained) -> TrainConfig:
     recipe = {name: value for name, value in pretrained.recipe.items() if getattr(flags, name) == getattr(preset, name)}
     if pretrained.tokenizer is not None:
         recipe["tokenizer"] = choice(pretrained.tokenizer)
+    if flags.dtype == preset.dtype and any(p.dtype == np.float64 for p in pretrained.params.values()):
+        recipe["dtype"] = "float64"
     return dataclasses.replace(flags, model=pretrained.model, **recipe)
 
 

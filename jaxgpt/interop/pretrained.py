@@ -207,5 +207,7 @@ def _with_tokenizer(found: TorchModel, data_dir: Path | None) -> TorchModel:
     if found.tokenizer is not None or found.vocab_size not in (GPT2_VOCABULARY, PADDED_VOCABULARY):
         return found
     with contextlib.suppress(NotAvailable):
-        found = replace(found, tokenizer=Gpt2Tokenizer(gpt2_folder(data_dir, lambda line: None)))
+        tokenizer = Gpt2Tokenizer(gpt2_folder(data_dir, lambda line: None))
+        note = "it names no tokenizer; GPT-2's is taken, by the size of its vocabulary"
+        found = replace(found, tokenizer=tokenizer, notes=(*found.notes, note))
     return found.without_padding(GPT2_VOCABULARY)

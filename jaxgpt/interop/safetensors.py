@@ -15,6 +15,7 @@ from jaxgpt.errors import UserError, require_writable
 from jaxgpt.interop.torch_files import float32_of_bfloat16
 
 SAVE = "safetensors.torch.save_file(model.float().state_dict(), FILE)"
+PYTORCH = {"format": "pt"}  # metadata by which transformers knows that tensors have PyTorch's layout
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16
 _INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
 
@@ -108,13 +109,12 @@ def require_new(files: Mapping[str, Path | None], overwrite: bool, keep_out_of: 
         require_writable(flag, path)
 
 
-def write(
-    files: Iterable[tuple[str, Path, Mapping[str, np.ndarray]]], metadata: Mapping[str, str] | None = None
-) -> None:
+def write(files: Iterable[tuple[str, Path, Mapping[str, np.ndarray]]], metadata: Mapping[str, str] = PYTORCH) -> None:
     """Writes files, all of them or none; each is (flag, path, tensors).
 
     Args:
-        metadata: texts by name that each file holds beside its tensors.
+        metadata: the text, by its name, that each file holds beside its tensors. At most one: the library writes
+            several in an order that changes from file to file.
 
     Raises:
         UserError: one cannot be written.
@@ -125,7 +125,7 @@ def write(
             partials.append((path.with_name(path.name + ".partial"), path))
             contiguous = {name: np.array(p, order="C") for name, p in tensors.items()}
             try:
-                safetensors.numpy.save_file(contiguous, partials[-1][0], {"format": "pt", **(metadata or {})})
+                safetensors.numpy.save_file(contiguous, partials[-1][0], dict(metadata))
             except (OSError, safetensors.SafetensorError) as e:
                 raise UserError(f"{flag} {path}: cannot be written ({e}); choose a place with room") from None
         for partial, path in partials:
