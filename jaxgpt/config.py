@@ -238,6 +238,8 @@ class DataConfig:
     """Of hf:NAME, whether training begins while files are downloaded and tokenized. auto: above 1 GiB of files."""
     text_column: str | None = None
     """Of rows, the column that holds the texts (default: text)."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """Of nanoGPT's bin:DIR, the type of its tokens. auto: recognised by the content, refused in doubt."""
     tokenizer: str = "char"
     """char: the text's distinct characters, sorted. byte: UTF-8 bytes. gpt2: GPT-2's byte pairs (50,257). bpe:N: byte
     pairs trained on the corpus, N entries."""

@@ -31,9 +31,10 @@ class EvaluateFlags:
 def main(args: list[str]) -> None:
     flags = parse_flags(EvaluateFlags, args, __doc__, "jaxgpt evaluate")
     import jaxgpt
+    from jaxgpt.api import load_run
     from jaxgpt.runs.restore import print_progress
 
-    model = jaxgpt.load(flags.run, flags.checkpoint)
+    model = load_run(flags.run, flags.checkpoint)
     whole = jaxgpt.evaluate(model, flags.split, flags.stride, flags.data_dir, print_progress)
     ppl, bpb = whole.perplexity, whole.bits_per_byte
     if flags.json:

@@ -13,17 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from jaxgpt.data.files import (
     NotAvailable,
     RemoteFile,
     data_folders,
     find_or_download,
-    open_regular,
     require_folder,
     sha256_of,
 )
+from jaxgpt.data.nanogpt import NanoGptFiles, nanogpt_files
 from jaxgpt.data.readers import (
     TABLE_ROWS,
     TABLE_SUFFIXES,
@@ -42,7 +40,6 @@ from jaxgpt.data.shards import (
     REVISION,
     ParquetFiles,
     TokenFiles,
-    has_header,
     keep_list,
     kept_list,
     parquet_files,
@@ -72,7 +69,6 @@ DEFAULT_COLUMN = "text"
 # Hub datasets of more bytes are streamed: to tokenize the 3 GB of text in them takes a core ten minutes.
 STREAMED_BYTES = 2**30
 Streaming = Literal["auto", "always", "never"]
-PROBED_TOKENS = 2**16  # of nanoGPT's files, to find that they are none of uint16
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Corpus:
         source: the file or the hub dataset that was read.
         splits: the texts of "train" and "validation", or of "all" where the dataset has no splits.
         documents: each text is a document, which ends with the end-of-text token if the tokenizer has one.
-        token_files: for nanoGPT's `bin:DIR`, the file of each split's uint16 tokens, instead of `splits`.
+        nanogpt: for nanoGPT's `bin:DIR`, its files of tokens, instead of `splits`.
         shards: for a corpus that is read a shard at a time, its files, instead of `splits`.
     """
 
@@ -94,13 +90,13 @@ class Corpus:
     source: str
     splits: Mapping[str, Texts] = field(compare=False, repr=False)
     documents: bool = False
-    token_files: Mapping[str, Path] = field(default_factory=dict)
+    nanogpt: NanoGptFiles | None = None
     shards: ParquetFiles | TokenFiles | None = None
 
     @property
     def holds_tokens(self) -> bool:
         """Whether it consists of tokens, not of texts."""
-        return bool(self.token_files) or isinstance(self.shards, TokenFiles)
+        return self.nanogpt is not None or isinstance(self.shards, TokenFiles)
 
     @property
     def text(self) -> str:
@@ -311,37 +307,16 @@ def _streamed_dataset(name: str, option: str, column: str, streaming: Streaming)
 
 
 def _token_files(folder: Path, option: str) -> Corpus:
-    """Files of uint16 tokens: llm.c's, or nanoGPT's, one a split and without a header."""
+    """Files of tokens: llm.c's, or nanoGPT's, one a split and without a header."""
     if shards := token_files(folder, option):
         source = str(folder.resolve() / shards.train[0].path.name)
         return Corpus(f"bin:{folder.resolve()}", shards.sha256, source, {}, documents=True, shards=shards)
-    paths = {"train": folder / "train.bin", "validation": folder / "val.bin"}
-    for path in paths.values():
-        if not os.path.isfile(path):
-            raise NotAvailable(
-                f"{option}: no {path.name} there; give a folder with train.bin and val.bin, or with *_train_*.bin and "
-                "*_val_*.bin"
-            )
-        if not path.stat().st_size or path.stat().st_size % 2:
-            raise UserError(
-                f"{option}: {path.name} has {path.stat().st_size} bytes, no whole number of uint16 tokens; write it "
-                "again"
-            )
-        _require_uint16(path, option)
+    files = nanogpt_files(folder, option)
+    digest = _digest_of_files(files.paths, option)
+    if files.chars is not None:
+        digest = hashlib.sha256(f"{digest}{files.chars}".encode("utf-8", "surrogatepass")).hexdigest()
     source = str(folder.resolve() / "train.bin")
-    return Corpus(f"bin:{folder.resolve()}", _digest_of_files(paths, option), source, {}, True, paths)
-
-
-def _require_uint16(path: Path, option: str) -> None:
-    """Raises `UserError` if a file's first tokens are those of another format, which would be read wrong."""
-    with open_regular(path) as f:
-        token_N = np.frombuffer(f.read(2 * PROBED_TOKENS), "<u2")
-    if has_header(path):
-        raise UserError(f"{option}: {path.name} has a header of llm.c; name it as llm.c does, *_{path.stem}_000000.bin")
-    low_N, high_N = token_N[: len(token_N) // 2 * 2].reshape(-1, 2).T
-    # The upper halves of uint32 are 0 for ids below 65,536, and 1 to 3 for those of the largest vocabularies.
-    if len(low_N) >= 32 and high_N.max() <= 3 < low_N.max():
-        raise UserError(f"{option}: {path.name} holds uint32 tokens; write it with numpy's uint16")
+    return Corpus(f"bin:{folder.resolve()}", digest, source, {}, documents=True, nanogpt=files)
 
 
 def _digest(splits: Mapping[str, Texts], column: str) -> str:

@@ -3,15 +3,12 @@
 import csv
 import time
 
-import numpy as np
 import pytest
-from unit.data.samples import DOCUMENTS, config_of, load_file, write_line_dataset, write_table
+from unit.data.samples import DOCUMENTS, load_file, write_line_dataset, write_table
 
 from jaxgpt.data import corpora
 from jaxgpt.data.corpora import corpus_from_text, load_corpus
 from jaxgpt.data.files import RemoteFile
-from jaxgpt.data.token_cache import split_tokens
-from jaxgpt.data.tokenizer import ByteTokenizer, make_tokenizer
 from jaxgpt.errors import UserError
 
 
@@ -258,48 +255,6 @@ def test_a_hub_dataset_of_other_files_is_refused(tmp_path):
     (tmp_path / "other/x.csv").write_text("text\na\n")
     with pytest.raises(UserError, match="not of parquet files"):
         load(f"hf:{tmp_path / 'other'}")
-
-
-@pytest.fixture
-def token_files(tmp_path):
-    """nanoGPT's files of tokens below 256."""
-    data = {"train": np.arange(300, dtype="<u2") % 256, "val": np.arange(50, dtype="<u2")}
-    for name, values in data.items():
-        values.tofile(tmp_path / f"{name}.bin")
-    return tmp_path, data
-
-
-def test_nanogpts_files_are_mapped_as_they_are(token_files):
-    folder, data = token_files
-    corpus, _ = load(f"bin:{folder}")
-    for split, values in zip(split_tokens(corpus, ByteTokenizer(), config_of()), data.values(), strict=True):
-        assert isinstance(split, np.memmap) and split.tolist() == values.tolist()
-
-
-def test_nanogpts_files_hold_no_texts(token_files):
-    corpus, _ = load(f"bin:{token_files[0]}")
-    with pytest.raises(UserError, match="holds tokens, not texts"):
-        make_tokenizer("char", corpus)
-    with pytest.raises(UserError, match="--min-chars 9.*tokens, not texts"):
-        split_tokens(corpus, ByteTokenizer(), config_of(min_chars=9))
-
-
-def test_tokens_outside_the_vocabulary_are_refused(token_files):
-    folder, _ = token_files
-    corpus, _ = load(f"bin:{folder}")
-    np.full(50, 300, "<u2").tofile(folder / "val.bin")
-    with pytest.raises(UserError, match="val.bin holds token 300, outside the vocabulary of 256"):
-        split_tokens(corpus, ByteTokenizer(), config_of())
-
-
-def test_nanogpts_files_that_are_damaged_or_missing(token_files):
-    folder, _ = token_files
-    (folder / "val.bin").write_bytes(b"abc")
-    with pytest.raises(UserError, match="val.bin has 3 bytes"):
-        load(f"bin:{folder}")
-    (folder / "val.bin").unlink()
-    with pytest.raises(UserError, match="no val.bin there"):
-        load(f"bin:{folder}")
 
 
 def test_a_text_in_memory_is_identified_as_its_file_is(tmp_path):
