@@ -233,7 +233,8 @@ class DataConfig:
 
     dataset: str = "tinyshakespeare"
     """tinyshakespeare, pydoc, wikitext-2, wikitext-103, hf:NAME[:CONFIG], bin:DIR (tokens of nanoGPT, llm.c or
-    modded-nanogpt), or file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows); of a list a,b the first that is there."""
+    modded-nanogpt), or file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows; .gz, .zst); of a list a,b the first that is
+    there."""
     streaming: Literal["auto", "always", "never"] = "auto"
     """Of hf:NAME, whether training begins while files are downloaded and tokenized. auto: above 1 GiB of files."""
     text_column: str | None = None

@@ -2,8 +2,9 @@
 
 Names: `tinyshakespeare`; `pydoc`, the language reference that ships with Python; `wikitext-2` and `wikitext-103`;
 `hf:NAME[:CONFIG]`, a Parquet dataset of the Hugging Face hub; `bin:DIR`, tokens as nanoGPT, llm.c or modded-nanogpt
-write them; `file:PATH`, a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts. Of several names
-separated by commas, the first that is available is taken.
+write them; `file:PATH`, a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts, all but the last
+also as `.gz` or `.zst`. `hf:` and `file:` take a folder of `save_to_disk`, too. Of several names separated by commas,
+the first that is available is taken.
 """
 
 import hashlib
@@ -29,11 +30,13 @@ from jaxgpt.data.readers import (
     hub_builder,
     hub_endpoint,
     hub_splits,
+    is_saved_dataset,
     join_columns,
     read_lines,
     read_rows,
     require_columns,
     split_spec,
+    table_suffix,
     text_pieces,
 )
 from jaxgpt.data.shards import (
@@ -136,7 +139,8 @@ def load_corpus(
     for name in names:
         if name not in (*REMOTE_TEXTS, *LINE_DATASETS, "pydoc") and not name.startswith(("file:", "hf:", "bin:")):
             raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
-        if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLE_SUFFIXES):
+        has_columns = table_suffix(path_of(name)) in TABLE_SUFFIXES or is_saved_dataset(path_of(name))
+        if text_column and not (name.startswith("hf:") or has_columns):
             raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
         if streaming == "always" and not name.startswith("hf:"):
             raise UserError(
@@ -191,14 +195,17 @@ def _load_one(
     if name in LINE_DATASETS:
         return _line_dataset(name, option, data_dir, say)
     if name.startswith("hf:"):
-        if streaming != "never" and (corpus := _streamed_dataset(name, option, column, streaming)):
+        saved = is_saved_dataset(Path(name.removeprefix("hf:")))
+        if streaming != "never" and not saved and (corpus := _streamed_dataset(name, option, column, streaming)):
             return corpus
         return _hub_dataset(absolute_name(name), name.removeprefix("hf:"), option, column)
     if name.startswith("bin:"):
         return _token_files(path_of(name), option)
     if name.startswith("file:"):
         path = path_of(name)
-        corpus = _table(path, option, column) if path.suffix.lower() in TABLE_SUFFIXES else _text_file(path, option)
+        if is_saved_dataset(path):
+            return _hub_dataset(absolute_name(name), str(path), option, column)
+        corpus = _table(path, option, column) if table_suffix(path) in TABLE_SUFFIXES else _text_file(path, option)
         return replace(corpus, name=absolute_name(name))
     remote, folders = REMOTE_TEXTS[name], data_folders(data_dir)
     path = find_or_download(remote, option, folders, say, "--dataset pydoc", own_file_flag="--dataset file:")
