@@ -615,7 +615,8 @@ def foreign_weights() -> dict[str, bytes | Callable[[Path], object]]:
 
 
 # Folders for `bin:DIR`: the content of train.bin and of val.bin.
-GOOD_TOKENS = struct.pack("<200H", *range(200))
+ASCII = [32 + i % 90 for i in range(200)]  # the bytes of a text
+GOOD_TOKENS = struct.pack("<200H", *ASCII)
 FOREIGN_TOKENS: dict[str, tuple[bytes | Callable[[Path], object], bytes | Callable[[Path], object] | None]] = {
     "no-val": (GOOD_TOKENS, None),
     "empty-train": (b"", GOOD_TOKENS),
