@@ -139,6 +139,7 @@ def measure(shape: str, batches: list[int], rounds: int, threads: int) -> list[d
             rates = {side: sorted(n_tokens / s for s in found) for side, found in seconds.items()}
             rows.append(
                 {
+                    "name": f"{shape}, batch {batch}",
                     "shape": shape,
                     "batch": batch,
                     "tokens_s": {side: statistics.median(found) for side, found in rates.items()},

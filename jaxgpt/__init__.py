@@ -4,7 +4,7 @@ The names of the library are imported from their modules when they are first use
 
     configure   a configuration from a preset and flags
     train       train a language model
-    load        a trained language model
+    load        a trained language model, a run's or another's
     logits      its logits
     generate    its continuations of prompts
     stream      its continuation of one prompt, piece by piece

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from jaxgpt.data.tokenizer import Tokenizer
     from jaxgpt.model.gpt import Params
-    from jaxgpt.runs.restore import RestoredRun
+    from jaxgpt.parallel import Executor
+    from jaxgpt.runs.run_dir import RunDir
     from jaxgpt.tasks.language_modeling import SplitLoss
     from jaxgpt.tasks.text_generation import Continuation, TextModel
 
@@ -34,31 +35,25 @@ Checkpoint = Literal["result", "last", "best"]
 class LanguageModel:
     """A trained language model, as `load` gives it."""
 
-    restored: "RestoredRun"
-    """The run, what it is compiled for, and the state of a checkpoint."""
-
-    @property
-    def config(self) -> TrainConfig:
-        """What it was trained by; `config.model` is its shape."""
-        config = self.restored.run.config
-        assert isinstance(config, TrainConfig)
-        return config
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        return self.restored.run.tokenizer
-
-    @property
-    def step(self) -> int:
-        """Updates done."""
-        return int(self.restored.state.step)
+    config: TrainConfig
+    """What it was trained by, as far as that is known; `config.model` is its shape."""
+    tokenizer: "Tokenizer"
+    step: int
+    """Updates done."""
+    executor: "Executor"
+    """What computes its loss on the devices of this machine."""
+    placed_params: "Params"
+    """The parameters as the executor has them on its devices."""
+    run: "RunDir | None" = None
+    """The run that it comes from; None of another's model."""
 
     @cached_property
     def params(self) -> "Params":
-        """The parameters by dotted name, in float32, on one device; a Linear's kernel is [inputs, outputs]."""
+        """The parameters by dotted name, on one device, in float32 (of a float64 run, float64); a Linear's kernel is
+        [inputs, outputs]."""
         from jaxgpt.parallel import on_one_device
 
-        return on_one_device(self.restored.state.params)
+        return on_one_device(self.placed_params)
 
     @cached_property
     def text_model(self) -> "TextModel":
@@ -66,7 +61,7 @@ class LanguageModel:
         from jaxgpt.objective import LanguageModelingObjective
         from jaxgpt.tasks.text_generation import TextModel
 
-        objective = self.restored.executor.objective
+        objective = self.executor.objective
         assert isinstance(objective, LanguageModelingObjective)
         return TextModel(objective.exact_model, self.params, self.config.model, self.tokenizer)
 
@@ -144,21 +139,54 @@ def train_or_resume(
     return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from)
 
 
-def load(path: str | Path, checkpoint: Checkpoint = "result") -> LanguageModel:
-    """A trained language model.
+def load(
+    path: str | Path,
+    checkpoint: Checkpoint = "result",
+    data_dir: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> LanguageModel:
+    """A trained language model: a run's, or another's.
 
     Args:
-        path: a run folder.
-        checkpoint: "last", "best" (the one with the lowest validation loss), or "result": the best if the run stopped
-            early, else the last.
+        path: a run folder; or a folder or repository of Hugging Face's GPT-2, nanoGPT's ckpt.pt, llm.c's .bin, or a
+            safetensors file that says its tokenizer.
+        checkpoint: of a run: "last", "best" (the one with the lowest validation loss), or "result": the best if the run
+            stopped early, else the last.
+        data_dir: a folder to look for GPT-2's vocabulary in first.
+        say: takes lines about what is read, assumed and left out of another's model.
 
     Raises:
-        UserError: there is no run, it has no checkpoint, or it is a classifier's.
-        DamagedRun: its files are damaged.
+        UserError: there is no model, or no checkpoint; it is a classifier's, or of another architecture.
+        DamagedRun: a run's files are damaged.
     """
+    if any((Path(path) / name).exists() for name in ("data.json", "checkpoints")):
+        return load_run(Path(path), checkpoint)
+    from jaxgpt import parallel
+    from jaxgpt.interop.import_export import imported_config
+    from jaxgpt.interop.pretrained import load_pretrained
+    from jaxgpt.runtime import build_executor
+
+    folder = None if data_dir is None else Path(data_dir)
+    found = load_pretrained(str(path), "load", checkpoint, folder, say)
+    if found.tokenizer is None or found.tokenizer.vocab_size != found.vocab_size:
+        raise UserError(
+            f"load {path}: names no tokenizer for its vocabulary of {found.vocab_size:,}; make a run of it with "
+            "import_run, and a config of the dataset and tokenizer that it was trained with"
+        )
+    config = imported_config(TrainConfig(dataset=""), found)
+    executor = build_executor(config, found.tokenizer, devices=parallel.one_device)
+    dtype = executor.objective.numerics.param_dtype
+    params = executor.put({name: np.asarray(p, dtype) for name, p in found.params.items()})
+    return LanguageModel(config, found.tokenizer, found.step, executor, params)
+
+
+def load_run(path: Path, checkpoint: Checkpoint) -> LanguageModel:
+    """`load` of a run folder. Raises `UserError` and `DamagedRun` as it does."""
     from jaxgpt.runs import restore
 
-    return LanguageModel(restore.restore_language_model(Path(path), checkpoint))
+    run, executor, state = restore.restore_language_model(path, checkpoint)
+    assert isinstance(run.config, TrainConfig)
+    return LanguageModel(run.config, run.tokenizer, int(state.step), executor, state.params, run)
 
 
 def logits(model: LanguageModel, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -256,18 +284,22 @@ def evaluate(
     from jaxgpt.runs import restore
     from jaxgpt.tasks import evaluation, language_modeling
 
-    run, executor, state = model.restored
     block_size = model.config.model.block_size
     if stride is not None and not 1 <= stride <= block_size:
         raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
     folder = None if data_dir is None else Path(data_dir)
-    if dataset is None:
-        if split == "test":
-            raise UserError("evaluate: the model's own data has the splits val and train; give a dataset")
-        tokens_N = restore.split_of(run, split, folder)
+    if dataset is not None:
+        folder = folder or (model.run.data_dir if model.run else None)
+        tokens_N = evaluation.tokens_of_dataset(model.config, model.tokenizer, dataset, split, folder, say)
+    elif model.run is None:
+        raise UserError("evaluate: the model is no run's, so it has no data; name a dataset")
+    elif split == "test":
+        raise UserError("evaluate: the model's own data has the splits val and train; name a dataset")
     else:
-        tokens_N = evaluation.tokens_of_dataset(run, dataset, split, folder, say)
-    return language_modeling.whole_split_loss(executor, state.params, tokens_N, run.tokenizer, stride, say)
+        tokens_N = restore.split_of(model.run, split, folder)
+    return language_modeling.whole_split_loss(
+        model.executor, model.placed_params, tokens_N, model.tokenizer, stride, say
+    )
 
 
 def import_run(

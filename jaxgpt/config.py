@@ -233,11 +233,14 @@ class DataConfig:
 
     dataset: str = "tinyshakespeare"
     """tinyshakespeare, pydoc, wikitext-2, wikitext-103, hf:NAME[:CONFIG], bin:DIR (tokens of nanoGPT, llm.c or
-    modded-nanogpt), or file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows); of a list a,b the first that is there."""
+    modded-nanogpt), or file:PATH (UTF-8 text; .csv, .jsonl, .parquet: rows; .gz, .zst); of a list a,b the first that is
+    there."""
     streaming: Literal["auto", "always", "never"] = "auto"
     """Of hf:NAME, whether training begins while files are downloaded and tokenized. auto: above 1 GiB of files."""
     text_column: str | None = None
     """Of rows, the column that holds the texts (default: text)."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """Of nanoGPT's bin:DIR, the type of its tokens. auto: recognised by the content, refused in doubt."""
     tokenizer: str = "char"
     """char: the text's distinct characters, sorted. byte: UTF-8 bytes. gpt2: GPT-2's byte pairs (50,257). bpe:N: byte
     pairs trained on the corpus, N entries."""

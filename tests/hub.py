@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: an HTTP server with one dataset, the files of a folder."""
+"""A stand-in for the Hugging Face hub: an HTTP server with one dataset, or model, the files of a folder."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Hub:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[Hub]:
-    """A context manager that serves a folder's files as the dataset `NAME`; `HF_ENDPOINT` has to be the hub's `url`."""
+    """A context manager that serves a folder's files as the dataset, and model, `NAME`; `HF_ENDPOINT` is its `url`."""
     hub = Hub(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,9 +57,13 @@ def serve(folder: Path) -> Iterator[Hub]:
         def do_GET(self):
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            if not path.startswith(("/datasets/", "/api/datasets/")):  # a model's, which the hub names without a prefix
+                path = path.replace(f"/models/{NAME}", f"/datasets/{NAME}")
+                path = path.replace(f"/{NAME}/resolve/", f"/datasets/{NAME}/resolve/")
             kind, _, rest = path.lstrip("/").partition(f"datasets/{NAME}")
+            siblings = [{"rfilename": str(p.relative_to(folder))} for p in sorted(folder.rglob("*")) if p.is_file()]
             if kind == "api/" and (not rest or rest.startswith("/revision/")):
-                self.answer({"id": NAME, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+                self.answer({"id": NAME, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
             elif kind == "api/" and rest.startswith(f"/tree/{COMMIT}"):
                 below = rest.removeprefix(f"/tree/{COMMIT}").strip("/")
                 found = [

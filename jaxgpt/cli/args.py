@@ -124,7 +124,7 @@ def train_command(config: TrainConfig, out_dir: Path) -> str:
         if isinstance(value, bool):
             path, dot, last = name.rpartition(".")
             words.append(flag(f"{path}{dot}{'' if value else 'no_'}{last}"))
-        elif value is not None:
+        else:
             words += [flag(name), str(value)]
     return shlex.join([*words, "--out-dir", str(out_dir)])
 

@@ -69,8 +69,10 @@ def main(args: list[str]) -> None:
 
 
 def import_run(flags: ImportFlags, args: list[str]) -> None:
-    if (flags.path is None) == (flags.weights is None):
-        raise UserError("PATH: give what to import, or --weights FILE in its place; one of both")
+    if flags.path is not None and flags.weights is not None:
+        raise UserError(f"PATH {flags.path}: --weights {flags.weights} is given in its place; leave one of both out")
+    if flags.path is None and flags.weights is None:
+        raise UserError("PATH: nothing to import; give a path, or --weights FILE in its place")
     from jaxgpt.data.corpora import load_corpus
 
     corpus = None

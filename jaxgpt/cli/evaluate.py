@@ -41,13 +41,14 @@ def main(args: list[str]) -> None:
     flags = parse_flags(EvaluateFlags, args, __doc__, "jaxgpt evaluate")
     _check(flags)
     import jaxgpt
+    from jaxgpt.api import load_run
     from jaxgpt.runs.restore import print_progress
 
-    model = jaxgpt.load(flags.run, flags.checkpoint)
+    model = load_run(flags.run, flags.checkpoint)
     if flags.benchmark:
         from jaxgpt.tasks.evaluation import evaluate_benchmark
 
-        data_dir = flags.data_dir or model.restored.run.data_dir
+        data_dir = flags.data_dir or (model.run.data_dir if model.run else None)
         figures = evaluate_benchmark(
             model.text_model, flags.benchmark, flags.stride, flags.file, data_dir, print_progress
         )

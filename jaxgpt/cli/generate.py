@@ -46,9 +46,9 @@ class GenerateFlags(SamplingConfig):
 def main(args: list[str]) -> None:
     flags = parse_flags(GenerateFlags, args, __doc__, "jaxgpt generate")
     prompts = _lines_of(flags.prompts_file) if flags.prompts_file else list(flags.prompt or ["ROMEO:"])
-    import jaxgpt
+    from jaxgpt.api import load_run
 
-    model = jaxgpt.load(flags.run, flags.checkpoint)
+    model = load_run(flags.run, flags.checkpoint)
     if flags.interactive:
         _interact(model, flags)
     else:

@@ -2,8 +2,9 @@
 
 Names: `tinyshakespeare`; `pydoc`, the language reference that ships with Python; `wikitext-2` and `wikitext-103`;
 `hf:NAME[:CONFIG]`, a Parquet dataset of the Hugging Face hub; `bin:DIR`, tokens as nanoGPT, llm.c or modded-nanogpt
-write them; `file:PATH`, a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts. Of several names
-separated by commas, the first that is available is taken.
+write them; `file:PATH`, a UTF-8 text, or a CSV, JSON Lines or Parquet file with a column of texts, all but the last
+also as `.gz` or `.zst`. `hf:` and `file:` take a folder of `save_to_disk`, too. Of several names separated by commas,
+the first that is available is taken.
 """
 
 import hashlib
@@ -13,17 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from jaxgpt.data.files import (
     NotAvailable,
     RemoteFile,
     data_folders,
     find_or_download,
-    open_regular,
     require_folder,
     sha256_of,
 )
+from jaxgpt.data.nanogpt import NanoGptFiles, nanogpt_files
 from jaxgpt.data.readers import (
     TABLE_ROWS,
     TABLE_SUFFIXES,
@@ -31,18 +30,19 @@ from jaxgpt.data.readers import (
     hub_builder,
     hub_endpoint,
     hub_splits,
+    is_saved_dataset,
     join_columns,
     read_lines,
     read_rows,
     require_columns,
     split_spec,
+    table_suffix,
     text_pieces,
 )
 from jaxgpt.data.shards import (
     REVISION,
     ParquetFiles,
     TokenFiles,
-    has_header,
     keep_list,
     kept_list,
     parquet_files,
@@ -72,7 +72,6 @@ DEFAULT_COLUMN = "text"
 # Hub datasets of more bytes are streamed: to tokenize the 3 GB of text in them takes a core ten minutes.
 STREAMED_BYTES = 2**30
 Streaming = Literal["auto", "always", "never"]
-PROBED_TOKENS = 2**16  # of nanoGPT's files, to find that they are none of uint16
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Corpus:
         source: the file or the hub dataset that was read.
         splits: the texts of "train" and "validation", or of "all" where the dataset has no splits.
         documents: each text is a document, which ends with the end-of-text token if the tokenizer has one.
-        token_files: for nanoGPT's `bin:DIR`, the file of each split's uint16 tokens, instead of `splits`.
+        nanogpt: for nanoGPT's `bin:DIR`, its files of tokens, instead of `splits`.
         shards: for a corpus that is read a shard at a time, its files, instead of `splits`.
     """
 
@@ -94,13 +93,13 @@ class Corpus:
     source: str
     splits: Mapping[str, Texts] = field(compare=False, repr=False)
     documents: bool = False
-    token_files: Mapping[str, Path] = field(default_factory=dict)
+    nanogpt: NanoGptFiles | None = None
     shards: ParquetFiles | TokenFiles | None = None
 
     @property
     def holds_tokens(self) -> bool:
         """Whether it consists of tokens, not of texts."""
-        return bool(self.token_files) or isinstance(self.shards, TokenFiles)
+        return self.nanogpt is not None or isinstance(self.shards, TokenFiles)
 
     @property
     def text(self) -> str:
@@ -140,7 +139,8 @@ def load_corpus(
     for name in names:
         if name not in (*REMOTE_TEXTS, *LINE_DATASETS, "pydoc") and not name.startswith(("file:", "hf:", "bin:")):
             raise UserError(f"--dataset {name!r}: unknown dataset; choose of {', '.join(NAMES)}")
-        if text_column and not (name.startswith("hf:") or path_of(name).suffix.lower() in TABLE_SUFFIXES):
+        has_columns = table_suffix(path_of(name)) in TABLE_SUFFIXES or is_saved_dataset(path_of(name))
+        if text_column and not (name.startswith("hf:") or has_columns):
             raise UserError(f"--text-column {text_column}: {name} has no columns; leave it out")
         if streaming == "always" and not name.startswith("hf:"):
             raise UserError(
@@ -190,7 +190,7 @@ def texts_of_file(path: Path, option: str) -> Texts:
 
     Raises on the first pass what `read_lines` and `read_rows` raise.
     """
-    if path.suffix.lower() in TABLE_SUFFIXES:
+    if table_suffix(path) in TABLE_SUFFIXES:
         return lambda: join_columns(read_rows(path, [DEFAULT_COLUMN], option), option)
     return _lines_of(path, option)
 
@@ -231,14 +231,17 @@ def _load_one(
     if name in LINE_DATASETS:
         return _line_dataset(name, option, data_dir, say)
     if name.startswith("hf:"):
-        if streaming != "never" and (corpus := _streamed_dataset(name, option, column, streaming)):
+        saved = is_saved_dataset(Path(name.removeprefix("hf:")))
+        if streaming != "never" and not saved and (corpus := _streamed_dataset(name, option, column, streaming)):
             return corpus
         return _hub_dataset(absolute_name(name), name.removeprefix("hf:"), option, column)
     if name.startswith("bin:"):
         return _token_files(path_of(name), option)
     if name.startswith("file:"):
         path = path_of(name)
-        corpus = _table(path, option, column) if path.suffix.lower() in TABLE_SUFFIXES else _text_file(path, option)
+        if is_saved_dataset(path):
+            return _hub_dataset(absolute_name(name), str(path), option, column)
+        corpus = _table(path, option, column) if table_suffix(path) in TABLE_SUFFIXES else _text_file(path, option)
         return replace(corpus, name=absolute_name(name))
     remote, folders = REMOTE_TEXTS[name], data_folders(data_dir)
     path = find_or_download(remote, option, folders, say, "--dataset pydoc", own_file_flag="--dataset file:")
@@ -353,37 +356,16 @@ def _streamed_dataset(name: str, option: str, column: str, streaming: Streaming)
 
 
 def _token_files(folder: Path, option: str) -> Corpus:
-    """Files of uint16 tokens: llm.c's, or nanoGPT's, one a split and without a header."""
+    """Files of tokens: llm.c's, or nanoGPT's, one a split and without a header."""
     if shards := token_files(folder, option):
         source = str(folder.resolve() / shards.train[0].path.name)
         return Corpus(f"bin:{folder.resolve()}", shards.sha256, source, {}, documents=True, shards=shards)
-    paths = {"train": folder / "train.bin", "validation": folder / "val.bin"}
-    for path in paths.values():
-        if not os.path.isfile(path):
-            raise NotAvailable(
-                f"{option}: no {path.name} there; give a folder with train.bin and val.bin, or with *_train_*.bin and "
-                "*_val_*.bin"
-            )
-        if not path.stat().st_size or path.stat().st_size % 2:
-            raise UserError(
-                f"{option}: {path.name} has {path.stat().st_size} bytes, no whole number of uint16 tokens; write it "
-                "again"
-            )
-        _require_uint16(path, option)
+    files = nanogpt_files(folder, option)
+    digest = _digest_of_files(files.paths, option)
+    if files.chars is not None:
+        digest = hashlib.sha256(f"{digest}{files.chars}".encode("utf-8", "surrogatepass")).hexdigest()
     source = str(folder.resolve() / "train.bin")
-    return Corpus(f"bin:{folder.resolve()}", _digest_of_files(paths, option), source, {}, True, paths)
-
-
-def _require_uint16(path: Path, option: str) -> None:
-    """Raises `UserError` if a file's first tokens are those of another format, which would be read wrong."""
-    with open_regular(path) as f:
-        token_N = np.frombuffer(f.read(2 * PROBED_TOKENS), "<u2")
-    if has_header(path):
-        raise UserError(f"{option}: {path.name} has a header of llm.c; name it as llm.c does, *_{path.stem}_000000.bin")
-    low_N, high_N = token_N[: len(token_N) // 2 * 2].reshape(-1, 2).T
-    # The upper halves of uint32 are 0 for ids below 65,536, and 1 to 3 for those of the largest vocabularies.
-    if len(low_N) >= 32 and high_N.max() <= 3 < low_N.max():
-        raise UserError(f"{option}: {path.name} holds uint32 tokens; write it with numpy's uint16")
+    return Corpus(f"bin:{folder.resolve()}", digest, source, {}, documents=True, nanogpt=files)
 
 
 def _digest(splits: Mapping[str, Texts], column: str) -> str:

@@ -21,7 +21,15 @@ import numpy as np
 from jaxgpt.config import FinetuneConfig
 from jaxgpt.data.corpora import DEFAULT_COLUMN, absolute_name, path_of
 from jaxgpt.data.files import NotAvailable, data_folders, require_folder
-from jaxgpt.data.readers import TABLE_SUFFIXES, hub_splits, join_columns, read_lines, read_rows, require_columns
+from jaxgpt.data.readers import (
+    TABLE_SUFFIXES,
+    hub_splits,
+    join_columns,
+    read_lines,
+    read_rows,
+    require_columns,
+    table_suffix,
+)
 from jaxgpt.data.sampler import PADDING
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -293,7 +301,7 @@ def _columns(config: FinetuneConfig) -> tuple[list[str], str]:
 
 def _table(spec: str, config: FinetuneConfig, option: str) -> _RawDataset:
     path, (text_columns, label_column) = path_of(spec), _columns(config)
-    if path.suffix.lower() not in TABLE_SUFFIXES:
+    if table_suffix(path) not in TABLE_SUFFIXES:
         raise UserError(f"{option}: no file of rows; give one of {', '.join(TABLE_SUFFIXES)}")
     rows = list(read_rows(path, [*text_columns, label_column], option))
     texts = join_columns((row[:-1] for row in rows), option)

@@ -1,7 +1,7 @@
 """Readers: files and datasets of the Hugging Face hub as streams of texts and rows, never whole in memory.
 
 A text file is one text, read in pieces whose borders change no token. CSV, JSON Lines and Parquet files are tables:
-rows with named columns.
+rows with named columns. Texts, CSV and JSON Lines may be compressed, as `.gz` or `.zst`.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from jaxgpt.data.files import NotAvailable, NotRegular, open_regular, read_pieces, unreachable_reason
+from jaxgpt.data.files import PIECE_BYTES, NotAvailable, NotRegular, open_regular, read_pieces, unreachable_reason
 from jaxgpt.errors import UserError
 
 Texts = Callable[[], Iterator[str]]  # each call starts a new pass over the texts
@@ -30,6 +30,7 @@ LONGEST_PIECE = 2**22  # characters: a text without white space is cut there, wh
 LONGEST_LINE = 2**28  # characters of a text in a line or a field: it is in memory whole
 # How much more text than its own size a Parquet file may hold. Compressors shrink prose to a quarter, source code to a
 # tenth and server logs to a fiftieth; a file far beyond that repeats itself, by accident or to fill a memory or a disk.
+# The same of a file in .gz or .zst.
 PARQUET_FACTOR = 200
 OFFSET_BYTES = 4  # of Arrow, for each value of a column
 PARQUET_FLOOR = 2**26  # bytes of text that any Parquet file may hold: a small one may repeat a phrase as it likes
@@ -38,6 +39,8 @@ PARQUET_FLOOR = 2**26  # bytes of text that any Parquet file may hold: a small o
 # single blank. GPT-2's pattern never joins a character with white space that follows it; it may join white space with
 # what follows.
 _CUT = re.compile(r"(?s:.*)\S(?=[\r\n]| \S)")
+
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names, by suffix
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -68,7 +71,7 @@ def pieces_of(text: str) -> Iterator[str]:
 def _decoded(path: Path, option: str) -> Iterator[str]:
     """A UTF-8 file's text, cut anywhere."""
     decoder, n_read = codecs.getincrementaldecoder("utf-8")(), 0
-    for piece in read_pieces(path, option):
+    for piece in _pieces(path, option):
         n_pending = len(decoder.getstate()[0])  # bytes of an incomplete character
         try:
             text = decoder.decode(piece)
@@ -80,6 +83,64 @@ def _decoded(path: Path, option: str) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise _not_utf8(option, n_read - len(decoder.getstate()[0])) from None
+
+
+def _pieces(path: Path, option: str) -> Iterator[bytes]:
+    """A file's bytes in order, decompressed if its suffix says so. Raises what `read_pieces` raises."""
+    if path.suffix.lower() not in COMPRESSION:
+        yield from read_pieces(path, option)
+        return
+    with _reported_as_user_error(option, path.suffix.lower()), open_regular(path) as f:
+        with _decompressed(f, path, option) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+
+
+@contextlib.contextmanager
+def _decompressed(file: IO[bytes], path: Path, option: str) -> Iterator[IO[bytes]]:
+    """The content of an open file, decompressed if the suffix of its path says so.
+
+    Raises:
+        UserError: while it is read, if it holds far more than a text would; see `PARQUET_FACTOR`.
+    """
+    codec = COMPRESSION.get(path.suffix.lower())
+    if codec is None:
+        yield file
+        return
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), codec) as stream:
+        most = max(PARQUET_FLOOR, PARQUET_FACTOR * os.fstat(file.fileno()).st_size)
+        with io.BufferedReader(_Bounded(stream, most, option), PIECE_BYTES) as buffered:
+            yield buffered
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises `UserError` once more bytes than `most` have been read of it."""
+
+    def __init__(self, stream: Any, most: int, option: str):
+        self._stream, self._left, self._most, self._option = stream, most, most, option
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise UserError(
+                f"{self._option}: more than {self._most:,} bytes of text, {PARQUET_FACTOR} times the file and more; "
+                "give a file that does not repeat itself so"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def table_suffix(path: Path) -> str:
+    """The suffix that says what table a file holds, ".jsonl" also of x.jsonl.gz; another suffix if it holds none."""
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if suffix in COMPRESSION and inner in TABLE_SUFFIXES and inner != ".parquet" else suffix
 
 
 def _cut_where_no_token_changes(texts: Iterable[str]) -> Iterator[str]:
@@ -135,17 +196,18 @@ def read_rows(
     """The rows of a table: the values of the given columns, in their order.
 
     Args:
-        path: a CSV file with a header, or a JSON Lines or Parquet file, by its suffix.
+        path: a CSV file with a header, or a JSON Lines or Parquet file, by its suffix; the first two may be
+            compressed.
         row_groups: of a Parquet file, those to read; None for all.
 
     Raises:
         NotAvailable: there is no such file.
         UserError: a column is missing, or the file is not of the format of its suffix.
     """
-    suffix = path.suffix.lower()
+    suffix = table_suffix(path)
     reader = {".csv": _csv_rows, ".parquet": partial(_parquet_rows, row_groups=row_groups)}.get(suffix, _json_rows)
-    with _reported_as_user_error(option, suffix), open_regular(path) as f:
-        yield from reader(f, columns, option)
+    with _reported_as_user_error(option, suffix), open_regular(path) as f, _decompressed(f, path, option) as content:
+        yield from reader(content, columns, option)
 
 
 def row_group_bytes(path: Path, columns: Sequence[str], option: str) -> list[int]:
@@ -319,7 +381,7 @@ def join_columns(rows: Iterable[tuple[Any, ...]], option: str) -> Iterator[str]:
 
 
 def hub_splits(spec: str, option: str, own_files: str = "file:PATH") -> Mapping[Any, Any]:
-    """The splits of a hub dataset, a `datasets.Dataset` for each name.
+    """The splits of a hub dataset, or of a folder that its `save_to_disk` has written: a `datasets.Dataset` for each.
 
     Only Parquet files are read: no code of a dataset runs. A dataset in the cache of the `datasets` library needs no
     network.
@@ -332,11 +394,31 @@ def hub_splits(spec: str, option: str, own_files: str = "file:PATH") -> Mapping[
         NotAvailable: the dataset is not on this machine and cannot be downloaded.
         UserError: the dataset has no Parquet files.
     """
+    if is_saved_dataset(Path(spec)):
+        return _saved_splits(spec, option)
     with hub_builder(spec, option, own_files) as builder:
         builder.download_and_prepare()
         splits = builder.as_dataset()
         assert isinstance(splits, dict)
         return splits
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of the `datasets` library, with one split or several."""
+    return any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved_splits(folder: str, option: str) -> Mapping[Any, Any]:
+    """The splits in a folder of `save_to_disk`: Arrow files, mapped into memory. A single dataset is called "train"."""
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        found = datasets.load_from_disk(folder)
+    except Exception as e:  # of the library, of pyarrow and of json
+        reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
+        raise UserError(f"{option}: cannot be read as a folder of save_to_disk ({reason}); save it again") from None
+    return found if isinstance(found, datasets.DatasetDict) else {"train": found}
 
 
 @contextlib.contextmanager

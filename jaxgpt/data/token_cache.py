@@ -32,9 +32,10 @@ from jaxgpt import strict_json
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
 from jaxgpt.data.files import PIECE_BYTES, atomic_folder, cache_folder, open_regular, read_small
+from jaxgpt.data.nanogpt import open_tokens
 from jaxgpt.data.readers import Texts
 from jaxgpt.data.shard_cache import ShardCache, default_workers
-from jaxgpt.data.shards import TokenFiles, TokenFileShards, TokenShards, require_vocabulary
+from jaxgpt.data.shards import TokenFiles, TokenFileShards, TokenShards
 from jaxgpt.data.tokenizer import Tokenizer, identity, make_tokenizer
 from jaxgpt.errors import UserError, flag
 
@@ -95,6 +96,7 @@ def tokenize_corpus(
         UserError: what `make_tokenizer`, `split_tokens` and `open_shards` raise.
     """
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, corpus, data_dir, say)
+    require_token_dtype(config.token_dtype, corpus)
     if corpus.shards:
         return config, Data(tokenizer, *open_shards(corpus, tokenizer, config, say))
     train_N, val_N = split_tokens(corpus, tokenizer, config, say)
@@ -143,6 +145,13 @@ def open_shards(
     return shards, val_N
 
 
+def require_token_dtype(told: str, corpus: Corpus) -> None:
+    """Raises `UserError` if `--token-dtype` is given for a corpus whose files say themselves what they hold."""
+    if told != "auto" and corpus.nanogpt is None:
+        what = "files say it in their header" if corpus.holds_tokens else "texts have none"
+        raise UserError(f"--token-dtype {told}: --dataset {corpus.name} is none of nanoGPT's ({what}); leave it out")
+
+
 def n_chunks(n_tokens: int, block_size: int) -> int:
     """The number of chunks of `block_size + 1` tokens that start at multiples of `block_size`."""
     return len(range(0, n_tokens - block_size, block_size))
@@ -172,17 +181,17 @@ def split_tokens(
         The tokens [N] of train and of validation, of type `token_dtype`, in memory or memory-mapped.
 
     Raises:
-        UserError: no text remains, a split is too short for one step, or a token file has tokens outside the
-            vocabulary.
+        UserError: no text remains, a split is too short for one step, or a token file is not what it is said to be.
     """
     assert not corpus.shards
-    if corpus.token_files or not corpus.documents:
-        kind = "holds tokens, not texts" if corpus.token_files else "is a single text"
+    if corpus.nanogpt or not corpus.documents:
+        kind = "holds tokens, not texts" if corpus.nanogpt else "is a single text"
         for name in ("min_chars", "max_train_texts", "max_val_texts"):
             if value := getattr(config, name):
                 raise UserError(f"{flag(name)} {value}: --dataset {corpus.name} {kind}; give {flag(name)} 0")
-    if corpus.token_files:
-        splits = {split: _map_token_file(path, tokenizer, corpus) for split, path in corpus.token_files.items()}
+    if corpus.nanogpt:
+        tokens = open_tokens(corpus.nanogpt, tokenizer, config.token_dtype)
+        splits = {split: Split(tokens_N, np.zeros(0, np.int64)) for split, tokens_N in tokens.items()}
     else:
         splits = _cached_splits(corpus, tokenizer, config.min_chars, say)
     if "all" in splits:
@@ -234,13 +243,6 @@ def _require_enough(corpus: Corpus, config: TrainConfig, n_train: int, n_val: in
             f"--dataset {corpus.name}: {chunks} chunks of --model.block-size {block_size} to train on, fewer than "
             f"--batch-size {config.batch_size}; lower it, or give more text{more}"
         )
-
-
-def _map_token_file(path: Path, tokenizer: Tokenizer, corpus: Corpus) -> Split:
-    """nanoGPT's file of a split, memory-mapped."""
-    tokens_N = np.memmap(path, np.dtype("<u2"), "r")
-    require_vocabulary(tokens_N, tokenizer.vocab_size, f"--dataset {corpus.name}: {path.name}")
-    return Split(tokens_N, np.zeros(0, np.int64))
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing

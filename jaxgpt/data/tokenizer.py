@@ -294,8 +294,20 @@ def make_tokenizer(
         UserError: GPT-2's vocabulary is not available; the corpus consists of tokens of another tokenizer; or a text
             cannot be encoded.
     """
+    chars = corpus.nanogpt.chars if corpus.nanogpt else None
+    if chars is not None:
+        if kind != "char":
+            raise UserError(
+                f"--tokenizer {kind}: the tokens of {corpus.name} are {len(chars)} characters, by its meta.pkl; give "
+                "--tokenizer char"
+            )
+        return CharTokenizer(chars)
     if corpus.holds_tokens and kind not in ("gpt2", "byte"):
-        raise UserError(f"--tokenizer {kind}: {corpus.name} holds tokens, not texts; give the one they were made with")
+        unknown = ", and no meta.pkl says which characters they are" if corpus.nanogpt else ""
+        raise UserError(
+            f"--tokenizer {kind}: {corpus.name} holds tokens, not texts{unknown}; give the one they were made with, gpt2 "
+            "or byte"
+        )
     if corpus.shards and kind not in ("gpt2", "byte"):
         raise UserError(
             f"--tokenizer {kind}: is made from all texts, and {corpus.name} is streamed; give gpt2 or byte, or "
@@ -399,6 +411,8 @@ def sample_prompt(prompt: str | None, tokenizer: Tokenizer, corpus: Corpus) -> s
     except UserError as e:
         if prompt:
             raise UserError(f"--prompt: {e}") from None
+        if corpus.holds_tokens:  # characters, as the others encode every text
+            return decode(tokenizer, [0])
         texts = next(iter(corpus.splits.values()))
         return next(text[0] for text in texts() if text)
     return prompt or DOCUMENTED_PROMPT

@@ -70,18 +70,19 @@ def read(folder: Path, flag: str, data_dir: Path | None = None) -> TorchModel:
     values = read_config(folder)
     assert values is not None
     if values["model_type"] != "gpt2":
-        raise UserError(f"is a model of type {values['model_type']!r:.40}; only gpt2 is known here")
+        raise UserError(f"is a model of type {values['model_type']!r:.40}; only gpt2 is known here; give one")
     for name, known in FIXED.items():
         if values.get(name, known) != known:
             raise UserError(
-                f"its config.json has {name} {values[name]!r:.40}, which changes the model and is not known here"
+                f"its config.json has {name} {values[name]!r:.40}, which changes the model and is not known here; give "
+                f"one with {known!r}"
             )
     activation = values.get("activation_function", "gelu_new")
-    if activation not in GELU_OF:
+    if not isinstance(activation, str) or activation not in GELU_OF:
         raise UserError(f"its activation_function {activation!r:.40} is not known here; only {', '.join(GELU_OF)} are")
     width, inner = values.get("n_embd", 768), values.get("n_inner")
     if inner is not None and inner != 4 * _number(width):
-        raise UserError(f"its n_inner is {inner!r:.40}, not 4 times the n_embd {width}, which is not known here")
+        raise UserError(f"its n_inner is {inner!r:.40}, not 4 times the n_embd {width}; give one that is")
     tied, has_bias = values.get("tie_word_embeddings", True), values.get("bias", True)
     residual, embedded = values.get("resid_pdrop", 0.1), values.get("embd_pdrop", 0.1)
     model = model_config(
@@ -108,7 +109,7 @@ def read(folder: Path, flag: str, data_dir: Path | None = None) -> TorchModel:
     own = {name: p for name, p in _tensors(folder, flag).items() if p.dtype.kind == "f"}  # masks are no weights
     tensors = torch_names.tutorial_names(own)
     if "score.weight" in tensors:
-        raise UserError("is a classifier (it has score.weight); only language models are read")
+        raise UserError("is a classifier (it has score.weight); only language models are read; give one")
     if not tied and "lm_head.weight" not in tensors:
         if "lm_head.weight" not in own:
             raise UserError("has no lm_head.weight, though its head is not tied; give all of its weights")

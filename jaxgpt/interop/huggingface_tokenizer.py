@@ -24,6 +24,8 @@ from jaxgpt.data.tokenizer import (
 from jaxgpt.errors import UserError
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# Options of a BPE that change its tokens, and that no tokenizer here has.
+OTHER_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 ANY_CHARACTER = r"[\s\S]"
 
 
@@ -54,8 +56,14 @@ def _from_json(values: dict[str, Any], data_dir: Path | None) -> Tokenizer | Non
     model, splits = values.get("model"), values.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(splits, dict) or values.get("normalizer"):
         return None
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
+    vocab, added = model.get("vocab"), values.get("added_tokens") or []
+    if not isinstance(vocab, dict) or not isinstance(added, list) or not all(isinstance(each, dict) for each in added):
+        return None
+    if any(model.get(option) for option in OTHER_OPTIONS):
+        return None
+    if END_OF_TEXT not in vocab:  # the library keeps a special token beside the vocabulary
+        vocab = vocab | {each["content"]: each.get("id") for each in added if each.get("content") == END_OF_TEXT}
+    if sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
         return None
     if model.get("type") == "WordLevel":
         chars = sorted(vocab, key=vocab.__getitem__)
@@ -66,7 +74,7 @@ def _from_json(values: dict[str, Any], data_dir: Path | None) -> Tokenizer | Non
         if vocab == _byte_vocab() and not model.get("merges"):
             return ByteTokenizer()
         if splits.get("use_regex", True):
-            return _byte_pairs(model, data_dir)
+            return _byte_pairs({**model, "vocab": vocab}, data_dir)
     return None
 
 
@@ -138,7 +146,9 @@ def files(tokenizer: Tokenizer, max_tokens: int) -> dict[str, str]:
     else:
         content = _with_end_of_text(_gpt2_model(tokenizer), tokenizer.end_of_text)
     special = (
-        {} if tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        {}
+        if tokenizer.end_of_text is None
+        else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
     )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -15,7 +15,6 @@ import numpy as np
 from jaxgpt import parallel, strict_json
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.labeled import pad_token
 from jaxgpt.data.tokenizer import choice, sample_prompt
 from jaxgpt.errors import UserError
 from jaxgpt.interop import huggingface, huggingface_tokenizer, model_card, nanogpt, safetensors, torch_names
@@ -271,13 +270,13 @@ def _classifier(
     config, tensors, _ = _language_model(restored, params)
     weight_KC, norm_C = huggingface.folded_classifier(params)
     tensors |= {"score.weight": weight_KC, "transformer.ln_f.bias": norm_C}
-    padding = pad_token(run.tokenizer)
     config |= {
         "architectures": ["GPT2ForSequenceClassification"],
         "id2label": dict(enumerate(run.labels)),
         "label2id": {label: i for i, label in enumerate(run.labels)},
         "num_labels": len(run.labels),
-        "pad_token_id": padding,
+        # Without an end of text any token may be a text's last one: none is padding, and texts come one at a time.
+        "pad_token_id": run.tokenizer.end_of_text,
         "problem_type": "single_label_classification",
     }
     config.pop("bias", None)  # the final norm's is none of 0

@@ -72,7 +72,8 @@ def _is_state_dict(values: Any) -> bool:
 
 def _whole_number(value: Any, name: str) -> int:
     number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-    if not isinstance(number, int | float) or isinstance(number, bool) or number != int(number) or number < 0:
+    whole = isinstance(number, int | float) and not isinstance(number, bool) and number % 1 == 0  # not so of NaN, inf
+    if not whole or not 0 <= number < 2**31:
         raise UserError(f"its {name} is {value!r:.40}, no whole number; save it again")
     return int(number)
 
@@ -221,9 +222,12 @@ def write(
         "dropout": model.dropout,
     }
     rows = config.batch_size // config.grad_accum
+    dataset = os.path.basename(config.dataset.rstrip("/")).partition(".")[0]
+    if (config.dataset, config.tokenizer) == ("tinyshakespeare", "char"):
+        dataset = "shakespeare_char"  # nanoGPT's name of this text; its sample.py takes the characters from there
     flags = {
         **model_args,
-        "dataset": os.path.basename(config.dataset.rstrip("/")).partition(".")[0],
+        "dataset": dataset,
         "batch_size": rows,
         "gradient_accumulation_steps": config.grad_accum,
         "learning_rate": config.lr,

@@ -27,7 +27,6 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import GPT, Params
 from jaxgpt.model.loss import perplexity
-from jaxgpt.runs.run_dir import RunDir
 from jaxgpt.tasks.text_generation import TextModel
 
 Benchmark = Literal["wikitext-2", "wikitext-103", "lambada", "hellaswag"]
@@ -347,37 +346,43 @@ def _require_records(requests: Sequence[Request], option: str) -> None:
 
 
 def tokens_of_dataset(
-    run: RunDir, spec: str, split: Literal["val", "train", "test"], data_dir: Path | None, say: Say
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    spec: str,
+    split: Literal["val", "train", "test"],
+    data_dir: Path | None,
+    say: Say,
 ) -> np.ndarray:
-    """The tokens [N] of any dataset's split, encoded with the run's tokenizer.
+    """The tokens [N] of any dataset's split.
 
     Args:
-        spec: as of `data.corpora.load_corpus`; all texts of it are taken, whatever the run was trained with.
+        config, tokenizer: the model's. All texts of the dataset are taken, whatever the model was trained with.
+        spec: as of `data.corpora.load_corpus`.
+        data_dir: a folder to look for datasets in first.
 
     Raises:
         UserError: the dataset has no such split, or the tokenizer cannot encode it.
         NotAvailable: the dataset cannot be had.
     """
-    assert isinstance(run.config, TrainConfig)
-    config, folder = dataclasses.replace(run.config, dataset=spec, text_column=None), data_dir or run.data_dir
+    config = dataclasses.replace(config, dataset=spec, text_column=None)
     config = dataclasses.replace(config, min_chars=0, max_train_texts=0, max_val_texts=0, max_val_tokens=0)
     # What `split_tokens` and `open_shards` ask of a training, whatever this run's was.
     config = dataclasses.replace(config, packing="chunks", batch_size=1, eval_batches=0, eval_every=1, epochs=0)
     if split == "test":
-        texts = load_test_texts(spec, folder, f"--split test: --dataset {spec}", "--dataset file:PATH")
-        tokens_N, block_size = _documents(texts(), run.tokenizer, f"--dataset {spec}"), config.model.block_size
+        texts = load_test_texts(spec, data_dir, f"--split test: --dataset {spec}", "--dataset file:PATH")
+        tokens_N, block_size = _documents(texts(), tokenizer, f"--dataset {spec}"), config.model.block_size
         if len(tokens_N) <= block_size:
             raise UserError(
                 f"--split test: --dataset {spec} has {len(tokens_N)} tokens, fewer than the run's block plus one "
                 f"({block_size + 1}); give a longer text"
             )
         return tokens_N
-    corpus = load_corpus(spec, folder, say)
+    corpus = load_corpus(spec, data_dir, say)
     if corpus.shards:
         if split == "train":
             raise UserError(f"--split train: --dataset {spec} comes in shards, which only a training reads; give val")
-        return open_shards(corpus, run.tokenizer, config, say)[1]
-    train_N, val_N = split_tokens(corpus, run.tokenizer, config, say)
+        return open_shards(corpus, tokenizer, config, say)[1]
+    train_N, val_N = split_tokens(corpus, tokenizer, config, say)
     return train_N if split == "train" else val_N
 
 

@@ -23,6 +23,10 @@ from jaxgpt.cli.args import parse_train_flags
 # The blocks that are not run: (page, first line).
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
+    (
+        "README.md",
+        "jaxgpt convert import openai-community/gpt2 --out runs/gpt2   # or nanoGPT's ckpt.pt, llm.c's .bin",
+    ),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
     ("docs/scale.md", "export JAX_NUM_CPU_DEVICES=1"),
     ("docs/scale.md", "python scripts/plan.py --preset gpt2 --batch-size 256 --target H100:32 --mesh data=4,fsdp=8"),
@@ -44,6 +48,9 @@ NOT_RUN = {
     ("docs/benchmarks.md", "python -m benchmarks.generation --docs"),
     ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
     ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),
+    ("docs/interop.md", "jaxgpt convert import openai-community/gpt2 --out runs/gpt2"),
+    ("docs/interop.md", "jaxgpt train --init-from openai-community/gpt2 --dataset file:my.txt --steps 1000 --lr 3e-5"),
+    ("docs/interop.md", "jaxgpt convert export RUN --to nanogpt --out out/ckpt.pt"),
     ("docs/parity.md", "python scripts/parity.py"),
     ("docs/quick-start.md", "make env"),
     ("docs/quick-start.md", "python -m venv .venv && source .venv/bin/activate"),

@@ -21,6 +21,7 @@ import stat
 import struct
 import types
 import typing
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ FLAGS_OF: dict[str, type] = {
     "parity": ParityFlags,
     "plan": PlanFlags,
 }
-POSITIONAL = {"run", "texts"}
+POSITIONAL = {"run", "texts", "path"}
 DERIVED = {("finetune", "steps"), ("finetune", "model")}  # fields that are no flags
 # The default tests try every so-manieth case of a command: numbers that divide no list of values, so that every kind of
 # value has its turn.
@@ -380,6 +381,14 @@ def contradictory() -> Iterator[BadInput]:
     yield _line("inspect", "--graph=x.svg --checkpoint=best", "--checkpoint best")
     yield _line("convert export", "--optimizer-state=./new.safetensors", "--optimizer-state", "the same file as --out")
     yield _line("convert import", "--out=run", "--out run", "--overwrite")
+    yield BadInput(("convert", "import", "--out=new"), ("PATH",))
+    yield BadInput(("convert", "import", "run", "--out=run", "--overwrite"), ("PATH run", "--out run"))
+    yield BadInput(("convert", "import", "weights.safetensors", "--out=new"), ("--model.n-head", "--model.gelu"))
+    for to in ("huggingface", "nanogpt"):
+        yield _line("convert export", f"--to={to} --optimizer-state=o.safetensors", "--optimizer-state o.safetensors")
+    yield _line("convert export", "--to=huggingface --out=good.txt", "--out good.txt")
+    yield _line("convert export", "--to=huggingface --out=foreign --overwrite", "--out foreign", "thesis.doc")
+    yield _line("convert export", "--to=huggingface --out=run/x", "--out run/x")
     yield _line("convert import", "--weights=run/weights.safetensors --out=run --overwrite", "--weights", "--out run")
     for first, second in (
         *(("--run=run", "--mutants"), ("--mutants", "--end-to-end=minigpt"), ("--run=run", "--end-to-end=minigpt")),
@@ -462,6 +471,10 @@ def positional() -> Iterator[BadInput]:
         yield BadInput((*words[:at], *(word for word in words[at + 1 :] if word.startswith("--")), *after), ("RUN",))
         other = "run" if command == "classify" else "classifier"
         yield BadInput((*words[:at], other, *words[at + 1 :], *after), ("RUN", other))
+    for path in ("no-checkpoint", "classifier"):
+        yield BadInput(("convert", "import", path, "--out=new"), (f"RUN {path}",))
+    for path in (*INPUT_FILES[1:], "foreign", "config-only"):
+        yield BadInput(("convert", "import", path, "--out=new"), (repr(path) if path == NUL else "PATH",))
     for text in ("", " ", "\n", "\t\r\n"):
         yield BadInput(("classify", "classifier", "a text", text), ("TEXT number 2",))
     for stdin in (b"\n", b"a text\n\nanother\n", b" \n"):
@@ -575,7 +588,13 @@ def foreign_weights() -> dict[str, bytes | Callable[[Path], object]]:
         entry = {"weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
         return with_header(json.dumps(entry).encode())
 
+    executes = io.BytesIO()
+    with zipfile.ZipFile(executes, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\n(X\x0e\0\0\0touch executedtR.")
     return {
+        "executes": executes.getvalue(),
+        "llm.c": struct.pack("<256i", 20240326, 3, 8, 50, 10**9, 2, 16, 128, *[0] * 248),
+        "llm.c-tokens": struct.pack("<256i", 20240520, 1, 200, *[0] * 253) + bytes(400),
         "empty": b"",
         "short": b"\x08\0\0",
         "cut": whole[:-10],
@@ -606,7 +625,8 @@ def foreign_weights() -> dict[str, bytes | Callable[[Path], object]]:
 
 
 # Folders for `bin:DIR`: the content of train.bin and of val.bin.
-GOOD_TOKENS = struct.pack("<200H", *range(200))
+ASCII = [32 + i % 90 for i in range(200)]  # the bytes of a text
+GOOD_TOKENS = struct.pack("<200H", *ASCII)
 FOREIGN_TOKENS: dict[str, tuple[bytes | Callable[[Path], object], bytes | Callable[[Path], object] | None]] = {
     "no-val": (GOOD_TOKENS, None),
     "empty-train": (b"", GOOD_TOKENS),
@@ -635,6 +655,7 @@ def foreign_files() -> Iterator[BadInput]:
     for name in foreign_weights():
         yield _line("convert import", f"--weights=weights/{name}", f"--weights weights/{name}")
         yield _line("convert import", f"--optimizer-state=weights/{name}", f"--optimizer-state weights/{name}")
+        yield BadInput(("convert", "import", f"weights/{name}", "--out=new"), (f"PATH weights/{name}",))
     for name in FOREIGN_TOKENS:
         yield _line("train", f"--tokenizer=byte --dataset=bin:tokens/{name}", "--dataset bin:")
     yield _line("train", "--dataset=bin:tokens/good", "--tokenizer char")

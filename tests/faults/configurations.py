@@ -36,6 +36,7 @@ VALID: dict[str, list[Any]] = {
     "dataset": ["file:words.txt", "file:rows.csv", "file:rows.jsonl", "nothing,file:words.txt"],
     "test_dataset": ["file:rows.csv", "file:rows.jsonl"],
     "text_column": ["text"],
+    "token_dtype": ["auto"],
     "label_column": ["label"],
     "tokenizer": ["char", "byte", "bpe:257", "bpe:300"],
     "preset": ["tinygpt", "minigpt", "nanogpt-char", "nanogpt-cpu"],

@@ -218,7 +218,7 @@ def _make_lines(folder: Path) -> None:
 
 def _make_token_files(folder: Path) -> None:
     for name in ("train.bin", "val.bin"):
-        (folder / name).write_bytes(np.arange(200, dtype="<u2").tobytes())
+        (folder / name).write_bytes(np.frombuffer(WORDS.encode() * 5, np.uint8).astype("<u2").tobytes())
 
 
 def _read_token_files(folder: Path) -> Any:

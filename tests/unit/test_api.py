@@ -85,5 +85,20 @@ def test_what_the_functions_refuse(model):
         jaxgpt.generate(model, "la", min_p=2)
     with pytest.raises(UserError, match="--stride 99"):
         jaxgpt.evaluate(model, stride=99)
-    with pytest.raises(UserError, match="RUN nothing"):
-        jaxgpt.load("nothing")
+    with pytest.raises(UserError, match="load ./nothing: "):
+        jaxgpt.load("./nothing")
+
+
+@pytest.mark.slow
+def test_an_exported_model_is_loaded_without_a_run(model, tmp_path):
+    """Hugging Face's folder of a run gives the run's logits and text; it has no data to be evaluated on."""
+    jaxgpt.export_run(model.run.path, tmp_path / "hf")
+    again = jaxgpt.load(tmp_path / "hf")
+    assert again.run is None and again.config.model.n_embd == 16
+    assert np.abs(jaxgpt.logits(again, "la ti mo") - jaxgpt.logits(model, "la ti mo")).max() < 1e-5
+    (text,), (expected,) = (list(jaxgpt.generate(m, "la ", max_new_tokens=20, temperature=0)) for m in (again, model))
+    assert text == expected
+    with pytest.raises(UserError, match="evaluate: the model is no run's"):
+        jaxgpt.evaluate(again)
+    run = jaxgpt.import_run(str(tmp_path / "hf"), tmp_path / "run")
+    assert np.abs(jaxgpt.logits(jaxgpt.load(run), "la ti mo") - jaxgpt.logits(model, "la ti mo")).max() < 1e-5

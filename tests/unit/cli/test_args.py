@@ -1,14 +1,16 @@
 """Parsing of command lines, and the messages of tyro."""
 
+import dataclasses
 import io
+import shlex
 import sys
 
 import pytest
 
-from jaxgpt.cli.args import TrainFlags, config_of, parse_flags, parse_train_flags
+from jaxgpt.cli.args import TrainFlags, config_of, parse_flags, parse_train_flags, train_command
 from jaxgpt.cli.finetune import FinetuneFlags
 from jaxgpt.cli.plan import PlanFlags
-from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.config import FinetuneConfig, ModelConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.presets import PRESETS
 
@@ -109,3 +111,14 @@ def test_both_frames_of_tyro_are_removed(monkeypatch, encoding):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="--preset minigtp: unknown preset; .*; did you mean minigpt?"):
         parse("--preset", "minigtp")
+
+
+def test_the_command_of_a_configuration_gives_it_again(tmp_path):
+    """Also where a value is None or a switch is off, and the preset says otherwise."""
+    recipe = dict(lr=1e-3, weight_decay=None, prompt=None, dtype="float64", dataset="file:/a b.txt", tokenizer="gpt2")
+    model = ModelConfig(n_layer=2, n_head=3, n_embd=48, bias=False, tied_head=True, gelu="tanh", layer_norm_eps=1e-6)
+    for preset in ("minigpt", "gpt2"):
+        config = dataclasses.replace(PRESETS[preset], model=model, **recipe)
+        program, command, *words = shlex.split(train_command(config, tmp_path))
+        flags = parse_train_flags(words, None, "jaxgpt train")
+        assert (program, command, config_of(flags), flags.out_dir) == ("jaxgpt", "train", config, tmp_path)

@@ -1,17 +1,17 @@
 """Finding and refusing datasets by their names."""
 
 import csv
+import json
+import random
 import time
 
-import numpy as np
+import pyarrow
 import pytest
-from unit.data.samples import DOCUMENTS, config_of, load_file, write_line_dataset, write_table
+from unit.data.samples import DOCUMENTS, load_file, write_line_dataset, write_table
 
-from jaxgpt.data import corpora
+from jaxgpt.data import corpora, readers
 from jaxgpt.data.corpora import corpus_from_text, load_corpus
 from jaxgpt.data.files import RemoteFile
-from jaxgpt.data.token_cache import split_tokens
-from jaxgpt.data.tokenizer import ByteTokenizer, make_tokenizer
 from jaxgpt.errors import UserError
 
 
@@ -260,48 +260,49 @@ def test_a_hub_dataset_of_other_files_is_refused(tmp_path):
         load(f"hf:{tmp_path / 'other'}")
 
 
-@pytest.fixture
-def token_files(tmp_path):
-    """nanoGPT's files of tokens below 256."""
-    data = {"train": np.arange(300, dtype="<u2") % 256, "val": np.arange(50, dtype="<u2")}
-    for name, values in data.items():
-        values.tofile(tmp_path / f"{name}.bin")
-    return tmp_path, data
-
-
-def test_nanogpts_files_are_mapped_as_they_are(token_files):
-    folder, data = token_files
-    corpus, _ = load(f"bin:{folder}")
-    for split, values in zip(split_tokens(corpus, ByteTokenizer(), config_of()), data.values(), strict=True):
-        assert isinstance(split, np.memmap) and split.tolist() == values.tolist()
-
-
-def test_nanogpts_files_hold_no_texts(token_files):
-    corpus, _ = load(f"bin:{token_files[0]}")
-    with pytest.raises(UserError, match="holds tokens, not texts"):
-        make_tokenizer("char", corpus)
-    with pytest.raises(UserError, match="--min-chars 9.*tokens, not texts"):
-        split_tokens(corpus, ByteTokenizer(), config_of(min_chars=9))
-
-
-def test_tokens_outside_the_vocabulary_are_refused(token_files):
-    folder, _ = token_files
-    corpus, _ = load(f"bin:{folder}")
-    np.full(50, 300, "<u2").tofile(folder / "val.bin")
-    with pytest.raises(UserError, match="val.bin holds token 300, outside the vocabulary of 256"):
-        split_tokens(corpus, ByteTokenizer(), config_of())
-
-
-def test_nanogpts_files_that_are_damaged_or_missing(token_files):
-    folder, _ = token_files
-    (folder / "val.bin").write_bytes(b"abc")
-    with pytest.raises(UserError, match="val.bin has 3 bytes"):
-        load(f"bin:{folder}")
-    (folder / "val.bin").unlink()
-    with pytest.raises(UserError, match="no val.bin there"):
-        load(f"bin:{folder}")
-
-
 def test_a_text_in_memory_is_identified_as_its_file_is(tmp_path):
     (tmp_path / "x.txt").write_text("Grüße", encoding="utf-8")
     assert corpus_from_text("x", "Grüße", "").sha256 == load_file(tmp_path / "x.txt").sha256
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, name, suffix):
+    texts = ["Grüße, \U0001f600\n", "two " * 3000]
+    rows = {"x.txt": "".join(texts), "x.jsonl": "".join(json.dumps({"text": t}) + "\n" for t in texts)}
+    rows["x.csv"] = 'text\n"Grüße"\n"two"\n'
+    (tmp_path / name).write_text(rows[name], encoding="utf-8")
+    data = (tmp_path / name).read_bytes()
+    with pyarrow.CompressedOutputStream(str(tmp_path / (name + suffix)), {".gz": "gzip", ".zst": "zstd"}[suffix]) as f:
+        f.write(data)
+    plain, compressed = (load(f"file:{tmp_path / n}")[0] for n in (name, name + suffix))
+    assert texts_of(compressed) == texts_of(plain) and compressed.sha256 == plain.sha256
+
+
+@pytest.mark.parametrize("suffix, codec", [(".gz", "gzip"), (".zst", "zstd")])
+def test_damaged_compressed_files_and_bombs_are_refused(tmp_path, suffix, codec, monkeypatch):
+    path = tmp_path / f"x.txt{suffix}"
+    text = " ".join(random.Random(0).choices(["two", "late", "goals"], k=5000))
+    packed = pyarrow.compress(text.encode(), codec, asbytes=True)
+    for damaged in (packed[: len(packed) // 2], b"no such thing", packed[:20] + b"\0" * 20 + packed[40:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"x.txt{suffix}: "):
+            load(f"file:{path}")
+    monkeypatch.setattr(readers, "PARQUET_FLOOR", 2**16)
+    path.write_bytes(pyarrow.compress(b"0" * 2**22, codec, asbytes=True))
+    with pytest.raises(UserError, match="times the file and more"):
+        load(f"file:{path}")
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "several")
+    for kind in ("hf", "file"):
+        assert texts_of(load(f"{kind}:{tmp_path / 'one'}")[0]) == {"all": ["one", "two"]}
+        found = texts_of(load_corpus(f"{kind}:{tmp_path / 'several'}", None, print, "text", "auto"))
+        assert found == {"train": ["one", "two"], "validation": ["two"]}
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as a folder of save_to_disk"):
+        load(f"file:{tmp_path / 'one'}")

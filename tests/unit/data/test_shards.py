@@ -149,14 +149,6 @@ def test_the_tokens_of_validation_must_hold_a_block(folder):
         load(folder, block_size=50)
 
 
-@pytest.mark.parametrize("largest", [60_000, 200_000])
-def test_nanogpts_files_of_uint32_are_refused(tmp_path, largest):
-    for name in ("train", "val"):
-        np.linspace(0, largest, 500).astype("<u4").tofile(tmp_path / f"{name}.bin")
-    with pytest.raises(UserError, match="train.bin holds uint32 tokens; write it with numpy's uint16"):
-        load_corpus(f"bin:{tmp_path}", None, print)
-
-
 def test_llm_cs_files_under_nanogpts_names_are_refused(tmp_path):
     for name in ("train", "val"):
         write_tokens(tmp_path / f"{name}.bin", np.arange(50))
