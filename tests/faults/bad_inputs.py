@@ -298,7 +298,7 @@ def fields_of(flags: type) -> Iterator[tuple[str, Any]]:
 
 def _without_none(kind: Any) -> Any:
     """`int` of `int | None`."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = [each for each in typing.get_args(kind) if each is not type(None)]
     return kind
 

@@ -63,6 +63,7 @@ def test_another_dataset_is_encoded_with_the_runs_tokenizer(cli, trained, text, 
     assert done.returncode == 2 and f"--dataset file:{other}: the character" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_was_imported_without_a_text_is_evaluated_on_any(cli, trained, text_file, tmp_path):
     exported, run = tmp_path / "hf", tmp_path / "run"
     assert cli("convert", "export", trained, "--to=huggingface", "--out", exported).returncode == 0
