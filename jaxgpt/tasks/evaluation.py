@@ -37,7 +37,7 @@ HUB_DATASETS = {
 HELLASWAG_FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 DEFAULT_STRIDE = 512  # of the windows of WikiText; half a block for smaller models
 MIN_LENGTH = 16  # the shortest row that is compiled
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096  # that the model reads at a time
 PROGRESS_SECONDS = 20.0
 
 Say = Callable[[str], None]
