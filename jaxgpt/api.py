@@ -259,18 +259,21 @@ def _sampling(sampling: SamplingConfig | None, flags: dict[str, Any]) -> Samplin
 
 def evaluate(
     model: LanguageModel,
-    split: Literal["val", "train"] = "val",
+    split: Literal["val", "train", "test"] = "val",
     stride: int | None = None,
     data_dir: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    dataset: str | None = None,
 ) -> "SplitLoss":
-    """The loss over a whole split of the data that the model was trained on.
+    """The loss over a whole split of the data that the model was trained on, or of another dataset.
 
     Args:
+        split: "test" is a split of `dataset` alone.
         stride: the distance in tokens between the starts of windows, by default a block: a window counts the tokens
             that no window before it has counted.
         data_dir: a folder to look for datasets in first.
         say: takes lines about the progress.
+        dataset: the name of another dataset, as `TrainConfig.dataset`, to encode with the model's tokenizer.
 
     Returns:
         The mean loss in nats per token, with `perplexity`, `bits_per_byte`, and how many `tokens`.
@@ -279,14 +282,21 @@ def evaluate(
         UserError: the stride is out of its range; the data cannot be had, or is another.
     """
     from jaxgpt.runs import restore
-    from jaxgpt.tasks import language_modeling
+    from jaxgpt.tasks import evaluation, language_modeling
 
-    if model.run is None:
-        raise UserError("evaluate: the model is no run's, so it has no data; make a run of it with import_run")
     block_size = model.config.model.block_size
     if stride is not None and not 1 <= stride <= block_size:
         raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
-    tokens_N = restore.split_of(model.run, split, None if data_dir is None else Path(data_dir))
+    folder = None if data_dir is None else Path(data_dir)
+    if dataset is not None:
+        folder = folder or (model.run.data_dir if model.run else None)
+        tokens_N = evaluation.tokens_of_dataset(model.config, model.tokenizer, dataset, split, folder, say)
+    elif model.run is None:
+        raise UserError("evaluate: the model is no run's, so it has no data; name a dataset")
+    elif split == "test":
+        raise UserError("evaluate: the model's own data has the splits val and train; name a dataset")
+    else:
+        tokens_N = restore.split_of(model.run, split, folder)
     return language_modeling.whole_split_loss(
         model.executor, model.placed_params, tokens_N, model.tokenizer, stride, say
     )

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxgpt.data.files import (
     NotAvailable,
@@ -159,6 +159,42 @@ def load_corpus(
     raise NotAvailable("; ".join(reasons))
 
 
+def load_test_texts(spec: str, data_dir: Path | None, option: str, own_files: str) -> Texts:
+    """The texts of a dataset's test split, which `load_corpus` leaves out where there is another to validate on.
+
+    Args:
+        spec: `wikitext-2`, `wikitext-103` or `hf:NAME[:CONFIG]`.
+        option: the flags and values, with which error messages begin.
+        own_files: what takes the dataset's files instead, for the error messages.
+
+    Raises:
+        UserError: the dataset has no test split, or its texts are in another column than "text".
+        NotAvailable: it is not on this machine and cannot be downloaded.
+    """
+    require_folder(data_dir)
+    if spec in LINE_DATASETS:
+        paths = [folder / spec / file for folder in data_folders(data_dir) for file in LINE_FILES["test"]]
+        if found := [path for path in paths if os.path.isfile(path)]:
+            return _lines_of(found[0], option)
+    elif not spec.startswith("hf:"):
+        raise UserError(f"{option}: has no test split; choose val or train")
+    splits = hub_splits(LINE_DATASETS.get(spec, spec.removeprefix("hf:")), option, own_files)
+    if "test" not in splits:
+        raise UserError(f"{option}: has no test split; it has {', '.join(splits)}")
+    require_columns([DEFAULT_COLUMN], splits["test"].column_names, option)
+    return _hub_texts(splits["test"], DEFAULT_COLUMN, option)
+
+
+def texts_of_file(path: Path, option: str) -> Texts:
+    """The texts of a file: the lines of a text, each with its end, or the column "text" of a table.
+
+    Raises on the first pass what `read_lines` and `read_rows` raise.
+    """
+    if table_suffix(path) in TABLE_SUFFIXES:
+        return lambda: join_columns(read_rows(path, [DEFAULT_COLUMN], option), option)
+    return _lines_of(path, option)
+
+
 def streaming_of_run(name: str, streaming: Streaming) -> Streaming:
     """What `--streaming` means for a run that has recorded the dataset `name`.
 
@@ -278,11 +314,7 @@ def _hub_dataset(name: str, spec: str, option: str, column: str) -> Corpus:
     require_columns([column], datasets["train"].column_names, column_option)
 
     def texts_of(split: str) -> Texts:
-        def rows() -> Iterator[tuple]:
-            for batch in datasets[split].select_columns([column]).iter(TABLE_ROWS):
-                yield from zip(batch[column], strict=True)
-
-        return lambda: join_columns(rows(), column_option)
+        return _hub_texts(datasets[split], column, column_option)
 
     validation = next((split for split in ("validation", "valid", "val", "test") if split in datasets), None)
     if validation:
@@ -290,6 +322,16 @@ def _hub_dataset(name: str, spec: str, option: str, column: str) -> Corpus:
     else:
         splits = {"all": texts_of("train")}
     return Corpus(name, _digest(splits, column), f"hf:{spec}", splits, documents=True)
+
+
+def _hub_texts(dataset: Any, column: str, column_option: str) -> Texts:
+    """The texts of one split of a hub dataset."""
+
+    def rows() -> Iterator[tuple]:
+        for batch in dataset.select_columns([column]).iter(TABLE_ROWS):
+            yield from zip(batch[column], strict=True)
+
+    return lambda: join_columns(rows(), column_option)
 
 
 def _streamed_dataset(name: str, option: str, column: str, streaming: Streaming) -> Corpus | None:

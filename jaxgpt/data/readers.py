@@ -380,7 +380,7 @@ def join_columns(rows: Iterable[tuple[Any, ...]], option: str) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------------- the hub
 
 
-def hub_splits(spec: str, option: str) -> Mapping[Any, Any]:
+def hub_splits(spec: str, option: str, own_files: str = "file:PATH") -> Mapping[Any, Any]:
     """The splits of a hub dataset, or of a folder that its `save_to_disk` has written: a `datasets.Dataset` for each.
 
     Only Parquet files are read: no code of a dataset runs. A dataset in the cache of the `datasets` library needs no
@@ -388,6 +388,7 @@ def hub_splits(spec: str, option: str) -> Mapping[Any, Any]:
 
     Args:
         spec: NAME[:CONFIG][@REVISION]. NAME may be a local folder with the layout of a hub dataset.
+        own_files: what takes the dataset's files instead, for the error messages.
 
     Raises:
         NotAvailable: the dataset is not on this machine and cannot be downloaded.
@@ -395,7 +396,7 @@ def hub_splits(spec: str, option: str) -> Mapping[Any, Any]:
     """
     if is_saved_dataset(Path(spec)):
         return _saved_splits(spec, option)
-    with hub_builder(spec, option) as builder:
+    with hub_builder(spec, option, own_files) as builder:
         builder.download_and_prepare()
         splits = builder.as_dataset()
         assert isinstance(splits, dict)
@@ -421,7 +422,7 @@ def _saved_splits(folder: str, option: str) -> Mapping[Any, Any]:
 
 
 @contextlib.contextmanager
-def hub_builder(spec: str, option: str) -> Iterator[Any]:
+def hub_builder(spec: str, option: str, own_files: str = "file:PATH") -> Iterator[Any]:
     """A context manager that yields the `datasets.DatasetBuilder` of a hub dataset, which has downloaded nothing yet.
 
     What fails within is reported, too. Args and Raises as of `hub_splits`.
@@ -437,7 +438,7 @@ def hub_builder(spec: str, option: str) -> Iterator[Any]:
             module = type(builder).__module__
             if ".parquet." not in module and ".cache." not in module:
                 kind = module.rsplit(".", 1)[-1]
-                raise UserError(f"{option}: made of {kind}, not of parquet files; give its files with file:PATH")
+                raise UserError(f"{option}: made of {kind}, not of parquet files; give its files with {own_files}")
             yield builder
     except UserError:
         raise
@@ -447,7 +448,7 @@ def hub_builder(spec: str, option: str) -> Iterator[Any]:
             reason = f"no network ({no_network})"
         raise NotAvailable(
             f"{option}: cannot be had from {hub_endpoint()}: {reason}; check the name, and "
-            "NAME:CONFIG where it has several, or give its files with file:PATH"
+            f"NAME:CONFIG where it has several, or give its files with {own_files}"
         ) from None
 
 

@@ -44,6 +44,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", 'make test ARGS="tests/unit/test_train_step.py"'),
     ("docs/benchmarks.md", "python scripts/bench.py --preset minigpt,nanogpt-cpu"),
     ("docs/benchmarks.md", "make accelerator"),
+    ("docs/evaluation.md", "jaxgpt convert import openai-community/gpt2 --out gpt2"),
     ("docs/benchmarks.md", "python -m benchmarks.generation --docs"),
     ("docs/fine-tuning.md", "python scripts/train.py --preset wikitext2 --out-dir runs/base"),
     ("docs/fine-tuning.md", "python scripts/convert.py export RUN --out w.safetensors"),

@@ -186,6 +186,7 @@ NAMES: dict[str, list[str | None]] = {
     "weights": INPUT_FILES,
     "optimizer_state": INPUT_FILES,
     "out": NEW_FOLDERS,
+    "file": INPUT_FILES,
     "run": INPUT_FILES,
     "init_from": INPUT_FILES,
     "graph": [MISSING, "graph", "graph.pdf", "nowhere/g.svg", "folder", "good.txt/g.svg", f"{LONG}.svg", f"{NUL}.svg"],
@@ -228,6 +229,7 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("inspect", "data_dir"): ["--gradients"],
     ("inspect", "checkpoint"): ["--gradients"],
     ("inspect", "level"): ["--graph=graph.svg"],
+    ("evaluate", "file"): ["--benchmark=wikitext-2"],
     ("parity", "checkpoint"): ["--run=run"],
     ("parity", "data_dir"): ["--run=run"],
     ("parity", "seeds"): ["--end-to-end=minigpt"],
@@ -296,7 +298,7 @@ def fields_of(flags: type) -> Iterator[tuple[str, Any]]:
 
 def _without_none(kind: Any) -> Any:
     """`int` of `int | None`."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = [each for each in typing.get_args(kind) if each is not type(None)]
     return kind
 
@@ -362,6 +364,14 @@ def contradictory() -> Iterator[BadInput]:
     for path in ("nothing", "folder", "pipe", "/dev/zero", "loop"):
         yield BadInput(("generate", "run", f"--prompts-file={path}"), (f"--prompts-file {path}",))
     yield _line("evaluate", "--stride=9", "--stride 9", "block of 8")
+    yield _line("evaluate", "--benchmark=lambada --dataset=pydoc", "--benchmark and --dataset")
+    yield _line("evaluate", "--benchmark=lambada --split=train", "--split train")
+    yield _line("evaluate", "--benchmark=lambada --stride=3", "--stride 3", "lambada")
+    yield _line("evaluate", "--benchmark=hellaswag --file=good.txt", "--file good.txt", "line 1")
+    yield _line("evaluate", "--benchmark=wikitext-103 --file=labeled.csv --stride=9", "--stride 9", "block of 8")
+    yield _line("evaluate", "--file=good.txt", "--file good.txt", "--benchmark")
+    yield _line("evaluate", "--split=test", "--split test", "--dataset")
+    yield _line("evaluate", "--split=test --dataset=file:good.txt", "--split test", "file:good.txt")
     yield _line("inspect", "", "RUN", "--gradients")
     yield _line("inspect", "--gradients --attention=la", "--gradients and --attention")
     yield _line("inspect", "--surprise=la --graph=x.svg", "--surprise and --graph")
@@ -418,7 +428,7 @@ def unknown() -> Iterator[BadInput]:
         "convert import": ("--weigths x --weights", "--overwirte --overwrite"),
         "convert export": ("--optimiser-state x --optimizer-state",),
         "generate": ("--temprature 1 --temperature", "--topk 3 --top-k", "--sample 2 --samples"),
-        "evaluate": ("--strid 3 --stride", "--jsn --json"),
+        "evaluate": ("--strid 3 --stride", "--jsn --json", "--benchmrk x --benchmark"),
         "finetune": ("--epoch 3 --epochs", "--pol mean", "--model.n-layer 2", "--steps 3"),
         "classify": ("--jason --json",),
         "inspect": ("--gradient --gradients", "--surprisal la"),

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from jaxgpt import strict_json
@@ -48,3 +49,62 @@ def test_data_that_has_changed_is_refused(cli, trained, text_file):
         assert done.returncode == 2 and "no such file" in done.stderr
     finally:
         text_file.write_bytes(text)
+
+
+def test_another_dataset_is_encoded_with_the_runs_tokenizer(cli, trained, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text[:3000])
+    got = strict_json.loads(cli("evaluate", trained, "--json", "--dataset", f"file:{other}").stdout)
+    assert got["tokens"] == (3000 - int(0.9 * 3000) - 1) // 16 * 16
+    same = cli("evaluate", trained, "--json", "--dataset", f"file:{other}", "--split=train", cwd=tmp_path)
+    assert strict_json.loads(same.stdout)["tokens"] == (int(0.9 * 3000) - 1) // 16 * 16
+    other.write_text(text[:3000] + "\u2603" * 40)
+    done = cli("evaluate", trained, "--dataset", f"file:{other}")
+    assert done.returncode == 2 and f"--dataset file:{other}: the character" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_that_was_imported_without_a_text_is_evaluated_on_any(cli, trained, text_file, tmp_path):
+    exported, run = tmp_path / "hf", tmp_path / "run"
+    assert cli("convert", "export", trained, "--to=huggingface", "--out", exported).returncode == 0
+    assert cli("convert", "import", exported, "--out", run).returncode == 0
+    done = cli("evaluate", run)
+    assert done.returncode == 2 and "give one with --dataset" in done.stderr
+    got = strict_json.loads(cli("evaluate", run, "--json", "--dataset", f"file:{text_file}").stdout)
+    own = strict_json.loads(cli("evaluate", trained, "--json").stdout)
+    assert got["tokens"] == own["tokens"] and got["loss"] == pytest.approx(own["loss"], rel=1e-6)
+
+
+def test_the_test_split_of_wikitexts_files(cli, trained, text, tmp_path):
+    """Each line is a document; this tokenizer has no end of text, so the tokens are the file's characters."""
+    folder = tmp_path / "wikitext-2"
+    folder.mkdir()
+    for name, part in (("train", text[:400]), ("valid", text[400:800]), ("test", text[800:1200])):
+        (folder / f"wiki.{name}.raw").write_text(part)
+    flags = ("evaluate", trained, "--json", "--dataset=wikitext-2", "--data-dir", tmp_path)
+    tested = strict_json.loads(cli(*flags, "--split=test").stdout)
+    alone = strict_json.loads(cli(*flags, "--split=val").stdout)
+    assert tested["tokens"] == alone["tokens"] == 399 // 16 * 16 and tested["loss"] != alone["loss"]
+    (folder / "wiki.test.raw").write_text("la")
+    done = cli(*flags, "--split=test")
+    assert done.returncode == 2 and "has 2 tokens, fewer than the run's block plus one (17)" in done.stderr
+
+
+def test_a_benchmark_of_a_file(cli, trained, text, tmp_path):
+    """Strides of the window's size score the same tokens as the loss over a split, but for each window's first."""
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(text[:1000])
+    flags = ("evaluate", trained, "--benchmark=wikitext-2", "--file", path)
+    got = strict_json.loads(cli(*flags, "--stride=16", "--json").stdout)
+    assert got["benchmark"] == "wikitext-2" and got["tokens"] == 1000 - math.ceil(1000 / 16)
+    assert got["words"] == len(text[:1000].split()) and got["ppl"] == pytest.approx(math.exp(got["loss"]))
+    half = strict_json.loads(cli(*flags, "--json").stdout)
+    assert half["stride"] == 8 and half["tokens"] == 999 and np.isfinite(half["word_ppl"])
+    assert f"wikitext-2: loss {half['loss']:.4f}" in cli(*flags).stdout
+
+
+def test_a_benchmark_that_cannot_be_had_names_the_flag_for_its_file(cli, trained):
+    for name in ("wikitext-103", "lambada", "hellaswag"):
+        done = cli("evaluate", trained, f"--benchmark={name}", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: --benchmark {name}: cannot be had") and "--file PATH" in done.stderr
