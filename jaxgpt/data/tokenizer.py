@@ -305,8 +305,8 @@ def make_tokenizer(
     if corpus.holds_tokens and kind not in ("gpt2", "byte"):
         unknown = ", and no meta.pkl says which characters they are" if corpus.nanogpt else ""
         raise UserError(
-            f"--tokenizer {kind}: {corpus.name} holds tokens, not texts{unknown}; give the one they were made with, gpt2 "
-            "or byte"
+            f"--tokenizer {kind}: {corpus.name} holds tokens, not texts{unknown}; give the one they were made with, "
+            "gpt2 or byte"
         )
     if corpus.shards and kind not in ("gpt2", "byte"):
         raise UserError(
