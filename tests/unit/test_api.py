@@ -90,8 +90,8 @@ def test_what_the_functions_refuse(model):
 
 
 @pytest.mark.slow
-def test_an_exported_model_is_loaded_without_a_run(model, tmp_path):
-    """Hugging Face's folder of a run gives the run's logits and text; it has no data to be evaluated on."""
+def test_an_exported_model_is_loaded_without_a_run(model, text_file, tmp_path):
+    """Hugging Face's folder of a run gives the run's logits and text; it has no data of its own to be evaluated on."""
     jaxgpt.export_run(model.run.path, tmp_path / "hf")
     again = jaxgpt.load(tmp_path / "hf")
     assert again.run is None and again.config.model.n_embd == 16
@@ -100,5 +100,7 @@ def test_an_exported_model_is_loaded_without_a_run(model, tmp_path):
     assert text == expected
     with pytest.raises(UserError, match="evaluate: the model is no run's"):
         jaxgpt.evaluate(again)
+    whole, expected = jaxgpt.evaluate(again, dataset=f"file:{text_file}"), jaxgpt.evaluate(model)
+    assert whole.tokens == expected.tokens and whole.loss == pytest.approx(expected.loss, rel=1e-6)
     run = jaxgpt.import_run(str(tmp_path / "hf"), tmp_path / "run")
     assert np.abs(jaxgpt.logits(jaxgpt.load(run), "la ti mo") - jaxgpt.logits(model, "la ti mo")).max() < 1e-5

@@ -8,10 +8,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.data import corpora
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.interop import torch_names
@@ -264,3 +267,31 @@ def test_no_text_is_refused(model, tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="0 tokens"):
         evaluation.evaluate_benchmark(model, "wikitext-103", file=path)
+
+
+@pytest.mark.slow
+def test_the_hubs_datasets_give_what_their_files_give(model, monkeypatch, tmp_path):
+    """Folders laid out as the hub's Parquet datasets, in place of the names on the hub."""
+    rows = [{**row, "label": str(row["label"])} for row in HELLASWAG]
+    lines = ["", " = A = \n", "", " b c \n"]
+    for name, split, table in (
+        ("lambada", "test", {"text": LAMBADA}),
+        ("hellaswag", "validation", {field: [row[field] for row in rows] for field in evaluation.HELLASWAG_FIELDS}),
+        ("wikitext-2", "test", {"text": lines}),
+    ):
+        (tmp_path / name).mkdir()
+        parquet.write_table(pyarrow.table(table), tmp_path / name / f"{split}-00000-of-00001.parquet")
+        if name in evaluation.HUB_DATASETS:
+            monkeypatch.setitem(evaluation.HUB_DATASETS, name, (str(tmp_path / name), split))
+    monkeypatch.setattr(corpora, "data_folders", lambda data_dir: [])
+    monkeypatch.setitem(corpora.LINE_DATASETS, "wikitext-2", str(tmp_path / "wikitext-2"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "wikitext-2.txt").write_text("".join(line or " \n" for line in lines))
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LAMBADA))
+    (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, file in (("lambada", ".jsonl"), ("hellaswag", ".jsonl"), ("wikitext-2", ".txt")):
+        got = evaluation.evaluate_benchmark(model, name)
+        assert got == evaluation.evaluate_benchmark(model, name, file=tmp_path / f"{name}{file}"), name
+    monkeypatch.setitem(evaluation.HUB_DATASETS, "lambada", (str(tmp_path / "lambada"), "validation"))
+    with pytest.raises(UserError, match=r"--benchmark lambada: .* has no validation split any more; .* --file PATH"):
+        evaluation.evaluate_benchmark(model, "lambada")
