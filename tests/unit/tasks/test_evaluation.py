@@ -272,6 +272,8 @@ def test_no_text_is_refused(model, tmp_path):
 @pytest.mark.slow
 def test_the_hubs_datasets_give_what_their_files_give(model, monkeypatch, tmp_path):
     """Folders laid out as the hub's Parquet datasets, in place of the names on the hub."""
+    import datasets.config
+
     rows = [{**row, "label": str(row["label"])} for row in HELLASWAG]
     lines = ["", " = A = \n", "", " b c \n"]
     for name, split, table in (
@@ -285,7 +287,7 @@ def test_the_hubs_datasets_give_what_their_files_give(model, monkeypatch, tmp_pa
             monkeypatch.setitem(evaluation.HUB_DATASETS, name, (str(tmp_path / name), split))
     monkeypatch.setattr(corpora, "data_folders", lambda data_dir: [])
     monkeypatch.setitem(corpora.LINE_DATASETS, "wikitext-2", str(tmp_path / "wikitext-2"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "wikitext-2.txt").write_text("".join(line or " \n" for line in lines))
     (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LAMBADA))
     (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
