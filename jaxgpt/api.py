@@ -4,12 +4,13 @@ The names of this module are `jaxgpt`'s: `import jaxgpt; model = jaxgpt.load("ru
 """
 
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jaxgpt.tasks.text_generation import Continuation, TextModel
 
 Checkpoint = Literal["result", "last", "best"]
+Target = Literal["huggingface", "nanogpt", "safetensors"]
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,13 @@ def train_or_resume(
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
     mesh: str = "",
     init_from: str | None = None,
+    given: Collection[str] = (),
 ) -> tuple[Path, int]:
     """`train` with all that `jaxgpt train` takes.
 
     Args:
         started: `time.perf_counter()` at the start, for the time to the first step; by default now.
-        loader, summarise, policy, mesh, init_from: as of `tasks.language_modeling.train`.
+        loader, summarise, policy, mesh, init_from, given: as of `tasks.language_modeling.train`.
 
     Returns:
         The run folder, and the exit code: 0, or 128 + the signal that stopped the training.
@@ -136,7 +139,7 @@ def train_or_resume(
     config = dataclasses.replace(config, dataset=corpus.name)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
     rest = (display, started, data_dir, loader, summarise)
-    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from)
+    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from, given)
 
 
 def load(
@@ -159,21 +162,39 @@ def load(
         UserError: there is no model, or no checkpoint; it is a classifier's, or of another architecture.
         DamagedRun: a run's files are damaged.
     """
-    if any((Path(path) / name).exists() for name in ("data.json", "checkpoints")):
+    _require_one_of("checkpoint", checkpoint, Checkpoint)
+    from jaxgpt.interop.pretrained import is_run
+
+    if is_run(Path(path)):
         return load_run(Path(path), checkpoint)
+    return _load_pretrained(str(path), "load", checkpoint, None if data_dir is None else Path(data_dir), say)
+
+
+def load_local(path: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> LanguageModel:
+    """`load` of a command's RUN: a path that does not exist is no repository's name."""
+    from jaxgpt.interop.pretrained import is_run
+
+    if is_run(path) or not os.path.lexists(path):
+        return load_run(path, checkpoint)
+    return _load_pretrained(str(path), "RUN", checkpoint, None, say)
+
+
+def _load_pretrained(
+    path: str, flag: str, checkpoint: Checkpoint, data_dir: Path | None, say: Callable[[str], None]
+) -> LanguageModel:
+    """`load` of what is no run."""
     from jaxgpt import parallel
     from jaxgpt.interop.import_export import imported_config
     from jaxgpt.interop.pretrained import load_pretrained
     from jaxgpt.runtime import build_executor
 
-    folder = None if data_dir is None else Path(data_dir)
-    found = load_pretrained(str(path), "load", checkpoint, folder, say)
+    found = load_pretrained(path, flag, checkpoint, data_dir, say)
     if found.tokenizer is None or found.tokenizer.vocab_size != found.vocab_size:
         raise UserError(
-            f"load {path}: names no tokenizer for its vocabulary of {found.vocab_size:,}; make a run of it with "
-            "import_run, and a config of the dataset and tokenizer that it was trained with"
+            f"{flag} {path}: names no tokenizer for its vocabulary of {found.vocab_size:,}; make a run of it with "
+            "jaxgpt convert import, and the --dataset and --tokenizer that it was trained with"
         )
-    config = imported_config(TrainConfig(dataset=""), found)
+    config = imported_config(TrainConfig(dataset=""), path, found)
     executor = build_executor(config, found.tokenizer, devices=parallel.one_device)
     dtype = executor.objective.numerics.param_dtype
     params = executor.put({name: np.asarray(p, dtype) for name, p in found.params.items()})
@@ -201,7 +222,10 @@ def logits(model: LanguageModel, text: str | Sequence[int] | np.ndarray) -> np.n
     Raises:
         UserError: the text is empty, longer than a block, or holds what the vocabulary has not.
     """
-    ids = model.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+    try:
+        ids = model.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+    except ValueError:  # rows of different lengths
+        raise UserError("logits: the texts have different lengths; give each by itself") from None
     block_size, vocab_size = model.config.model.block_size, model.tokenizer.vocab_size
     if ids.ndim not in (1, 2) or not ids.size or ids.shape[-1] > block_size:
         raise UserError(f"logits: the ids have the shape {list(ids.shape)}; give 1 to {block_size} tokens of each text")
@@ -254,7 +278,16 @@ def _sampling(sampling: SamplingConfig | None, flags: dict[str, Any]) -> Samplin
             raise UserError(f"generate: there is no {name}; choose of {', '.join(known)}")
     if isinstance(stop := flags.get("stop"), str | list):
         flags["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    return dataclasses.replace(sampling or SamplingConfig(), **flags)
+    try:
+        return dataclasses.replace(sampling or SamplingConfig(), **flags)
+    except TypeError as e:
+        raise UserError(f"generate: a value has another type than its flag ({e}); see SamplingConfig") from None
+
+
+def _require_one_of(name: str, value: str, kind: Any) -> None:
+    """Raises `UserError` if a value is none of a `Literal`'s."""
+    if value not in get_args(kind):
+        raise UserError(f"{name} {value}: choose of {', '.join(get_args(kind))}")
 
 
 def evaluate(
@@ -337,7 +370,7 @@ def import_run(
         config = dataclasses.replace(config, dataset=corpus.name)
     import_export.require_new_run(Path(out_dir), overwrite, {"PATH": path})
     pretrained = load_pretrained(path, "PATH", data_dir=folder, say=say)
-    config = import_export.imported_config(config, pretrained)
+    config = import_export.imported_config(config, path, pretrained)
     import_export.import_run(config, corpus, pretrained, f"PATH {path}", Path(out_dir), overwrite, say, folder)
     return Path(out_dir)
 
@@ -345,9 +378,10 @@ def import_run(
 def export_run(
     path: str | Path,
     out: str | Path,
-    to: Literal["huggingface", "nanogpt", "safetensors"] = "huggingface",
+    to: Target = "huggingface",
     checkpoint: Checkpoint = "result",
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Writes a run's model for PyTorch, as `jaxgpt convert export` does.
 
@@ -356,6 +390,7 @@ def export_run(
         out: the file to write; with `to` "huggingface" a folder.
         to: "huggingface" for `AutoModelForCausalLM` and `AutoTokenizer`, "nanogpt" for its ckpt.pt, or "safetensors"
             for the weights alone.
+        say: takes lines about what nanoGPT does otherwise.
 
     Returns:
         The checkpoint's number of updates.
@@ -365,9 +400,11 @@ def export_run(
     """
     from jaxgpt.interop import import_export
 
+    _require_one_of("to", to, Target)
+    _require_one_of("checkpoint", checkpoint, Checkpoint)
     where = Path(path), checkpoint, Path(out)
     if to == "huggingface":
         return import_export.export_huggingface(*where, overwrite)
     if to == "nanogpt":
-        return import_export.export_nanogpt(*where, overwrite)
+        return import_export.export_nanogpt(*where, overwrite, say)
     return import_export.export_safetensors(*where, None, overwrite)

@@ -145,9 +145,12 @@ def configure(preset: str = "minigpt", **flags: Any) -> TrainConfig:
             raise UserError(f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     shape = {name: value for name, value in flags.items() if name in of_model}
     rest = {name: value for name, value in flags.items() if name not in of_model}
-    if shape:
-        rest["model"] = dataclasses.replace(rest.get("model", config.model), **shape)
-    return dataclasses.replace(config, **rest)
+    try:
+        if shape:
+            rest["model"] = dataclasses.replace(rest.get("model", config.model), **shape)
+        return dataclasses.replace(config, **rest)
+    except TypeError as e:
+        raise UserError(f"configure: a value has another type than its field ({e}); see TrainConfig") from None
 
 
 def _timed(batch_size: int, model: ModelConfig) -> TrainConfig:

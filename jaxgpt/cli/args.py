@@ -114,10 +114,11 @@ def parse_train_flags(args: list[str], description: str | None, prog: str, flags
 def given_flags(args: list[str]) -> set[str]:
     """The fields, as `model.n_layer`, whose flags are among a command's words, whatever their values."""
     words = (word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--"))
-    return {word.replace("-", "_") for word in words}
+    # A switch is turned off by "no" before its last part: --model.no-bias.
+    return {re.sub(r"(^|\.)no_(\w+)$", r"\1\2", word.replace("-", "_")) for word in words}
 
 
-def train_command(config: TrainConfig, out_dir: Path) -> str:
+def train_command(config: TrainConfig, out_dir: Path, data_dir: Path | None = None) -> str:
     """The command that trains, or goes on with, a run of a configuration, for a shell."""
     words = ["jaxgpt", "train", "--preset", config.preset]
     for name, _, value in differences(PRESETS[config.preset], config):
@@ -126,6 +127,7 @@ def train_command(config: TrainConfig, out_dir: Path) -> str:
             words.append(flag(f"{path}{dot}{'' if value else 'no_'}{last}"))
         else:
             words += [flag(name), str(value)]
+    words += ["--data-dir", str(data_dir)] if data_dir else []
     return shlex.join([*words, "--out-dir", str(out_dir)])
 
 

@@ -82,7 +82,7 @@ def import_run(flags: ImportFlags, args: list[str]) -> None:
 
     sources = {"PATH": flags.path, "--weights": flags.weights, "--optimizer-state": flags.optimizer_state}
     import_export.require_new_run(flags.out, flags.overwrite, sources)
-    from jaxgpt.interop.pretrained import load_pretrained, load_weights
+    from jaxgpt.interop.pretrained import TOLD, load_pretrained, load_weights
 
     config = dataclasses.replace(config_of(flags), dataset=corpus.name if corpus else "")
     if flags.weights is not None:
@@ -92,16 +92,18 @@ def import_run(flags: ImportFlags, args: list[str]) -> None:
         assert flags.path is not None
         named = f"PATH {flags.path}"
         given = given_flags(args)
-        told: dict[str, Any] = {n: getattr(flags.model, n) for n in ("n_head", "gelu") if f"model.{n}" in given}
+        told: dict[str, Any] = {name: getattr(flags.model, name) for name in TOLD if f"model.{name}" in given}
         pretrained = load_pretrained(flags.path, "PATH", data_dir=flags.data_dir, say=print, told=told)
-        config = import_export.imported_config(config, pretrained)
+        config = import_export.imported_config(config, flags.path, pretrained, given)
     if flags.optimizer_state is not None:
         pretrained = import_export.with_optimizer_state(pretrained, flags.optimizer_state, "--optimizer-state")
         named = f"--optimizer-state {flags.optimizer_state}"
     rest = (flags.out, flags.overwrite, print, flags.data_dir)
-    config = import_export.import_run(config, corpus, pretrained, named, *rest)
-    if corpus and flags.path:
-        print(f"to go on with its training: {train_command(config, flags.out)}")
+    config, done = import_export.import_run(config, corpus, pretrained, named, *rest)
+    if corpus and flags.path and done == config.steps:
+        print(f"it has done all of its {done} updates; to go on with its training, import it with more --steps")
+    elif corpus and flags.path:
+        print(f"to go on with its training: {train_command(config, flags.out, flags.data_dir)}")
 
 
 def export_run(flags: ExportFlags) -> None:
@@ -114,7 +116,7 @@ def export_run(flags: ExportFlags) -> None:
     if flags.to == "huggingface":
         step = import_export.export_huggingface(*where, flags.overwrite)
     elif flags.to == "nanogpt":
-        step = import_export.export_nanogpt(*where, flags.overwrite)
+        step = import_export.export_nanogpt(*where, flags.overwrite, print)
     else:
         step = import_export.export_safetensors(*where, flags.optimizer_state, flags.overwrite)
     print(f"{flags.run} after {step} steps: {flags.out}")

@@ -41,10 +41,10 @@ def main(args: list[str]) -> None:
     flags = parse_flags(EvaluateFlags, args, __doc__, "jaxgpt evaluate")
     _check(flags)
     import jaxgpt
-    from jaxgpt.api import load_run
+    from jaxgpt.api import load_local
     from jaxgpt.runs.restore import print_progress
 
-    model = load_run(flags.run, flags.checkpoint)
+    model = load_local(flags.run, flags.checkpoint, print_progress)
     if flags.benchmark:
         from jaxgpt.tasks.evaluation import evaluate_benchmark
 

@@ -46,9 +46,10 @@ class GenerateFlags(SamplingConfig):
 def main(args: list[str]) -> None:
     flags = parse_flags(GenerateFlags, args, __doc__, "jaxgpt generate")
     prompts = _lines_of(flags.prompts_file) if flags.prompts_file else list(flags.prompt or ["ROMEO:"])
-    from jaxgpt.api import load_run
+    from jaxgpt.api import load_local
+    from jaxgpt.runs.restore import print_progress
 
-    model = load_run(flags.run, flags.checkpoint)
+    model = load_local(flags.run, flags.checkpoint, print_progress)
     if flags.interactive:
         _interact(model, flags)
     else:

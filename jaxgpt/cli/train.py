@@ -2,7 +2,7 @@
 
 import time
 
-from jaxgpt.cli.args import TrainFlags, config_of, parse_train_flags
+from jaxgpt.cli.args import TrainFlags, config_of, given_flags, parse_train_flags
 from jaxgpt.signals import warning_signals
 
 
@@ -12,19 +12,20 @@ def main(args: list[str], started: float | None = None) -> int:
     flags = parse_train_flags(args, __doc__, "jaxgpt train")
     with warning_signals():
         if not flags.distributed:
-            return _train(flags, started)
+            return _train(flags, args, started)
         from jaxgpt import distributed, parallel
 
         with distributed.joined(flags):
             parallel.use_cores_as_devices()  # before JAX is asked for the number of this process
             distributed.connect()
-            return _train(flags, started, prints=distributed.is_first())
+            return _train(flags, args, started, prints=distributed.is_first())
 
 
-def _train(flags: TrainFlags, started: float, prints: bool = True) -> int:
+def _train(flags: TrainFlags, args: list[str], started: float, prints: bool = True) -> int:
     # Imported here: bad flags are reported without waiting for these imports.
     from jaxgpt.api import train_or_resume
     from jaxgpt.progress import ProgressDisplay
 
-    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh, flags.init_from)
+    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh)
+    rest = (*rest, flags.init_from, given_flags(args))
     return train_or_resume(config_of(flags), flags.out_dir, flags.data_dir, flags.overwrite, *rest)[1]

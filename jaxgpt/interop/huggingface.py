@@ -125,7 +125,18 @@ def read(folder: Path, flag: str, data_dir: Path | None = None) -> TorchModel:
         raise UserError(
             f"its tokenizer cannot be read ({' '.join(str(e).split())[:160]}); bring the file back"
         ) from None
-    found = TorchModel("Hugging Face", model, tensors, vocab_size, tokenizer, notes=tuple(notes))
+    unknown = tokenizer is None and huggingface_tokenizer.has_tokenizer(folder)
+    if unknown:
+        notes.append("its tokenizer is of a kind that is not known here, or has tokens of its own, and is left out")
+    found = TorchModel(
+        "Hugging Face",
+        model,
+        tensors,
+        vocab_size,
+        tokenizer,
+        notes=tuple(notes),
+        has_unknown_tokenizer=unknown,
+    )
     if tokenizer is None:
         return found
     if tokenizer.vocab_size > vocab_size:
@@ -192,7 +203,8 @@ def download(name: str, flag: str, say: Callable[[str], None]) -> Path:
             endpoint=hub_endpoint(),
         )
     except Exception as e:  # the errors of the library and of its transports have no common base class
-        reason = f"no network ({no_network})" if no_network else f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+        first_line = (str(e).splitlines() or [""])[0][:160]
+        reason = f"no network ({no_network})" if no_network else f"{type(e).__name__}: {first_line}"
         raise UserError(
             f"{flag} {name}: no such file or folder, and as a repository it cannot be had from {hub_endpoint()} "
             f"({reason}); check the name or the path"

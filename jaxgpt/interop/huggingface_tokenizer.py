@@ -26,7 +26,13 @@ from jaxgpt.errors import UserError
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # Options of a BPE that change its tokens, and that no tokenizer here has.
 OTHER_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+BYTE_CHARS = frozenset(byte_chars())
 ANY_CHARACTER = r"[\s\S]"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of any kind."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"))
 
 
 def read(folder: Path, data_dir: Path | None) -> Tokenizer | None:
@@ -38,7 +44,8 @@ def read(folder: Path, data_dir: Path | None) -> Tokenizer | None:
     """
     if (folder / "tokenizer.json").is_file():
         return _from_json(_json(folder / "tokenizer.json"), data_dir)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    older = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if older and not (folder / "added_tokens.json").exists():  # which no tokenizer here has
         lines = read_small(folder / "merges.txt", MAX_FILE_BYTES).decode().split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         return _byte_pairs({"vocab": _json(folder / "vocab.json"), "merges": merges}, data_dir)
@@ -60,6 +67,8 @@ def _from_json(values: dict[str, Any], data_dir: Path | None) -> Tokenizer | Non
     if not isinstance(vocab, dict) or not isinstance(added, list) or not all(isinstance(each, dict) for each in added):
         return None
     if any(model.get(option) for option in OTHER_OPTIONS):
+        return None
+    if any(each.get("content") != END_OF_TEXT for each in added):  # tokens that no text is cut into here
         return None
     if END_OF_TEXT not in vocab:  # the library keeps a special token beside the vocabulary
         vocab = vocab | {each["content"]: each.get("id") for each in added if each.get("content") == END_OF_TEXT}
@@ -88,7 +97,13 @@ def _byte_pairs(model: dict[str, Any], data_dir: Path | None) -> Tokenizer | Non
     if not isinstance(vocab, dict) or not isinstance(merges, list) or vocab.get(END_OF_TEXT) != len(vocab) - 1:
         return None
     pairs = {token: i for token, i in vocab.items() if token != END_OF_TEXT}
-    tokenizer = BpeTokenizer(strict_json.dumps(tokenizer_json({"vocab": pairs, "merges": merges}, None)))
+    if not all(set(token) <= BYTE_CHARS for token in pairs):
+        return None
+    content = strict_json.dumps(tokenizer_json({"vocab": pairs, "merges": merges}, None))
+    try:
+        tokenizer = BpeTokenizer(content)
+    except Exception as e:  # the library raises bare Exceptions
+        raise ValueError(f"its byte pairs are damaged: {e}") from None
     if len(vocab) == 50_257:
         try:
             gpt2 = Gpt2Tokenizer(gpt2_folder(data_dir, lambda line: None))

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from jaxgpt import parallel, strict_json
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import TrainConfig, differences
 from jaxgpt.data.corpora import Corpus
-from jaxgpt.data.tokenizer import choice, sample_prompt
+from jaxgpt.data.tokenizer import make_tokenizer, sample_prompt
 from jaxgpt.errors import UserError
 from jaxgpt.interop import huggingface, huggingface_tokenizer, model_card, nanogpt, safetensors, torch_names
-from jaxgpt.interop.pretrained import RECORD, Pretrained
+from jaxgpt.interop.pretrained import OF_TRAINING, RECORD, Pretrained, cropped, with_model
 from jaxgpt.interop.torch_model import errors_prefixed
 from jaxgpt.presets import PRESETS
 from jaxgpt.runs import run_dir
@@ -30,22 +30,29 @@ from jaxgpt.train_step import TrainState
 NO_CORPUS = Corpus("", "", "", {})  # of a run that holds a model alone
 
 
-def imported_config(flags: TrainConfig, pretrained: Pretrained) -> TrainConfig:
+def imported_config(flags: TrainConfig, path: str, pretrained: Pretrained, given: Collection[str] = ()) -> TrainConfig:
     """The configuration of a run that holds a pretrained model: its model, and its recipe as far as it is known.
 
     Args:
-        flags: what the command's flags say; those that differ from their preset's values count before the recipe.
+        flags: what the command's flags say.
+        path: of the model, for messages.
+        given: the fields whose flags were given; they count before the recipe. Those that differ from the preset's
+            count as given besides.
 
     Raises:
-        UserError: the recipe is none that can be trained here.
+        UserError: a flag asks for another model, or the recipe is none that can be trained here.
     """
     preset = PRESETS[flags.preset]
-    recipe = {name: value for name, value in pretrained.recipe.items() if getattr(flags, name) == getattr(preset, name)}
-    if pretrained.tokenizer is not None:
-        recipe["tokenizer"] = choice(pretrained.tokenizer)
+    given = {*given, *(name for name, _, _ in differences(preset, flags))}
+    if "schedule" in given:  # the rest of the recipe's own belongs to it
+        given |= {"warmup_steps", "decay_steps", "min_lr"}
+    recipe = {name: value for name, value in pretrained.recipe.items() if name not in given}
     if flags.dtype == preset.dtype and any(p.dtype == np.float64 for p in pretrained.params.values()):
         recipe["dtype"] = "float64"
-    return dataclasses.replace(flags, model=pretrained.model, **recipe)
+    # The rates of dropout are those of its training where no flag gives them.
+    own = {name: getattr(pretrained.model, name) for name in OF_TRAINING if f"model.{name}" not in given}
+    flags = dataclasses.replace(flags, model=dataclasses.replace(flags.model, **own), **recipe)
+    return with_model(flags, path, pretrained.model, pretrained.tokenizer, given)
 
 
 def require_new_run(out: Path, overwrite: bool, sources: Mapping[str, str | Path | None]) -> None:
@@ -73,7 +80,7 @@ def import_run(
     overwrite: bool,
     say: Callable[[str], None],
     data_dir: Path | None = None,
-) -> TrainConfig:
+) -> tuple[TrainConfig, int]:
     """Makes a run folder whose only checkpoint holds a pretrained model, with its optimizer's state if it has one.
 
     Args:
@@ -85,13 +92,15 @@ def import_run(
         data_dir: a folder to look for GPT-2's vocabulary in first.
 
     Returns:
-        The run's configuration.
+        The run's configuration, and the number of updates done.
 
     Raises:
         UserError: `out` holds other files, or the model does not fit the text. Nothing has been written then.
     """
     if corpus is None:
         tokenizer = pretrained.tokenizer
+        if tokenizer is None and config.tokenizer in ("byte", "gpt2"):  # which need no text
+            tokenizer = make_tokenizer(config.tokenizer, NO_CORPUS, data_dir, say)
         if tokenizer is None:
             raise UserError(
                 f"{flag_and_path}: names no tokenizer for its vocabulary of {pretrained.vocab_size:,}; give --dataset "
@@ -132,7 +141,7 @@ def import_run(
             raise
     n_params = sum(p.size for p in state.params.values())
     say(f"{n_params:,} parameters of {pretrained.source}, {done} of {config.steps} updates done: {out}")
-    return config
+    return config, done
 
 
 def _state(executor: parallel.Executor, pretrained: Pretrained) -> TrainState:
@@ -142,11 +151,15 @@ def _state(executor: parallel.Executor, pretrained: Pretrained) -> TrainState:
     for name, p in pretrained.params.items():
         if not np.can_cast(p.dtype, dtype, "safe"):
             raise UserError(f"{name}: {p.dtype} in the file, {np.dtype(dtype)} in the model; give --dtype {p.dtype}")
-    params = {name: p.astype(dtype) for name, p in pretrained.params.items()}
+    block_size = executor.config.model.block_size
+    params = cropped(pretrained.params, block_size)
+    params = {name: p.astype(dtype) for name, p in params.items()}
     if pretrained.optimizer_state is None:
         step, opt_state = 0, executor.objective.optimizer.init(jax.tree.map(jax.numpy.asarray, params))
     else:
-        opt_state = torch_names.optimizer_from_torch(pretrained.optimizer_state, like.opt_state)
+        tensors = pretrained.optimizer_state
+        tensors = {n: p[:block_size] if n.endswith(".pos_emb.weight") else p for n, p in tensors.items()}
+        opt_state = torch_names.optimizer_from_torch(tensors, like.opt_state)
         step = int(np.asarray(pretrained.optimizer_state["step"]).item())
     return TrainState(jax.numpy.int32(step), params, opt_state)
 
@@ -185,7 +198,7 @@ def export_safetensors(path: Path, which: str, out: Path, optimizer_state: Path 
     return int(state.step)
 
 
-def export_nanogpt(path: Path, which: str, out: Path, overwrite: bool) -> int:
+def export_nanogpt(path: Path, which: str, out: Path, overwrite: bool, say: Callable[[str], None]) -> int:
     """Writes a checkpoint as nanoGPT's ckpt.pt, with the optimizer's state. The rest as of `export_safetensors`.
 
     Raises:
@@ -197,9 +210,11 @@ def export_nanogpt(path: Path, which: str, out: Path, overwrite: bool) -> int:
     reports = run.read_metrics()
     val_loss = min((report["val_loss"] for report in reports), default=math.inf)
     try:
-        nanogpt.write(out, run.config, params, opt_state, int(state.step), run.tokenizer.vocab_size, val_loss)
+        notes = nanogpt.write(out, run.config, params, opt_state, int(state.step), run.tokenizer.vocab_size, val_loss)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose a place with room") from None
+    for note in notes:
+        say(f"{out}: {note}")
     return int(state.step)
 
 

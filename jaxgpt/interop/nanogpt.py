@@ -15,7 +15,7 @@ import numpy as np
 from jaxgpt.config import TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.interop import torch_files, torch_names
-from jaxgpt.interop.torch_model import TorchModel, count_blocks, model_config
+from jaxgpt.interop.torch_model import TorchModel, count_blocks, model_config, shown
 from jaxgpt.optimizer import learning_rate
 
 FILE = "ckpt.pt"  # in nanoGPT's --out_dir
@@ -57,7 +57,10 @@ def read(path: Path, flag: str) -> TorchModel:
     step, optimizer_state = _whole_number(values.get("iter_num", 0), "iter_num"), None
     if isinstance(values.get("optimizer"), dict) and step:
         optimizer_state = _optimizer_state(values["optimizer"], weights)
-        step = int(optimizer_state["step"])
+        if optimizer_state is None:
+            notes.append("its optimizer's state is not AdamW's over its weights, in the model's order, and is left out")
+        else:
+            step = int(optimizer_state["step"])
     vocab_size = _whole_number(args["vocab_size"], "vocab_size")
     config = values.get("config")
     recipe = _recipe(config, step) if isinstance(config, dict) else {}
@@ -74,7 +77,7 @@ def _whole_number(value: Any, name: str) -> int:
     number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
     whole = isinstance(number, int | float) and not isinstance(number, bool) and number % 1 == 0  # not so of NaN, inf
     if not whole or not 0 <= number < 2**31:
-        raise UserError(f"its {name} is {value!r:.40}, no whole number; save it again")
+        raise UserError(f"its {name} is {shown(number)}, no whole number; save it again")
     return int(number)
 
 
@@ -84,29 +87,24 @@ def _numbered(weights: Mapping[str, np.ndarray]) -> list[str]:
     return sorted(names, key=lambda name: weights[name].ndim < 2)  # a stable sort
 
 
-def _optimizer_state(optimizer: dict[Any, Any], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """AdamW's state under the tutorials' names.
-
-    Raises:
-        UserError: it is not the state of an AdamW over these weights.
-    """
-    another = UserError("its optimizer is no AdamW over its weights; save it again, or take the weights alone")
+def _optimizer_state(optimizer: dict[Any, Any], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """AdamW's state under the tutorials' names; None if it is not the state of an AdamW over these weights."""
     states, names = optimizer.get("state"), _numbered(weights)
     if not isinstance(states, dict) or set(states) != set(range(len(names))):
-        raise another
+        return None
     moments: dict[str, dict[str, np.ndarray]] = {moment: {} for moment in MOMENTS}
     steps = set()
     for number, name in enumerate(names):
         state = states[number]
         if not isinstance(state, dict) or not {"step", *MOMENTS} <= set(state):
-            raise another
+            return None
         steps.add(_whole_number(state["step"], "optimizer's step"))
         for moment in MOMENTS:
             if not isinstance(state[moment], np.ndarray) or state[moment].shape != weights[name].shape:
-                raise another
+                return None
             moments[moment][name] = state[moment]
     if len(steps) != 1:
-        raise another
+        return None
     found: dict[str, np.ndarray] = {"step": np.array(steps.pop(), np.int64)}
     for moment, tensors in moments.items():
         found |= {f"{moment}.{name}": p for name, p in torch_names.tutorial_names(tensors).items()}
@@ -160,12 +158,15 @@ def write(
     step: int,
     vocab_size: int,
     val_loss: float,
-) -> None:
+) -> list[str]:
     """Writes a run's state as a checkpoint that nanoGPT's train.py and sample.py take with --init_from=resume.
 
     Args:
         params, opt_state: by Flax name, on the host.
         val_loss: the validation loss of the state, or infinity (nats per token).
+
+    Returns:
+        What nanoGPT does otherwise than the run, as sentences without a full stop.
 
     Raises:
         UserError: nanoGPT has no such model or optimizer.
@@ -253,3 +254,12 @@ def write(
             "config": flags,
         },
     )
+    notes = []
+    if config.decay and config.decay_mask != "matrices":
+        notes.append(f"nanoGPT decays matrices alone, and the run has --decay-mask {config.decay_mask}")
+    if model.attention_dropout != model.dropout:
+        notes.append(
+            f"nanoGPT has one rate of dropout, {model.dropout} by the checkpoint, and the run has "
+            f"--model.attention-dropout {model.attention_dropout}"
+        )
+    return notes

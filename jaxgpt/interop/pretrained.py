@@ -5,9 +5,10 @@ A path is a run's folder, a folder or repository of Hugging Face, nanoGPT's ckpt
 """
 
 import contextlib
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 
 from jaxgpt import strict_json
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, TrainConfig, differences
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.files import NotAvailable, open_regular
-from jaxgpt.data.tokenizer import Gpt2Tokenizer, Tokenizer, gpt2_folder
+from jaxgpt.data.tokenizer import Gpt2Tokenizer, Tokenizer, choice, gpt2_folder
 from jaxgpt.errors import UserError
+from jaxgpt.errors import flag as flag_of
 from jaxgpt.interop import huggingface, llmc, nanogpt, safetensors, torch_files, torch_names
 from jaxgpt.interop.torch_model import (
     GPT2_VOCABULARY,
@@ -30,9 +32,12 @@ from jaxgpt.interop.torch_model import (
     errors_prefixed,
     model_config,
 )
+from jaxgpt.presets import PRESETS
 from jaxgpt.runs.restore import restore_language_model
 
 RECORD = "jaxgpt"  # in the metadata of a safetensors file that was exported here: model and tokenizer
+TOLD = ("n_head", "gelu", "layer_norm_eps")  # fields of a model that no tensor's shape shows
+OF_TRAINING = ("dropout", "attention_dropout", "init")  # fields of a model that its weights do not have
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -81,13 +86,14 @@ def load_pretrained(
         checkpoint: of a run, which: "last", "best" or "result".
         data_dir: a folder to look for GPT-2's vocabulary in first.
         say: takes lines about what is read, assumed and left out.
-        told: fields of a `ModelConfig` that a safetensors file without a configuration does not tell: n_head, gelu.
+        told: fields of a `ModelConfig` that a safetensors file without a configuration does not tell: n_head and gelu,
+            and layer_norm_eps, which is 1e-5 if it is not told.
 
     Raises:
         UserError: there is no model, it is of another architecture, or a file is damaged.
     """
     place = Path(path)
-    if os.path.isdir(place) and _is_run(place):
+    if is_run(place):
         return _of_run(place, checkpoint)
     if checkpoint != "result":
         raise UserError(f"--checkpoint {checkpoint}: {path} is no run, so it has one state only; leave the flag out")
@@ -107,6 +113,47 @@ def load_pretrained(
     return Pretrained(found.kind, source, found.model, params, *more)
 
 
+def with_model(
+    config: TrainConfig, path: str, model: ModelConfig, tokenizer: Tokenizer | None, given: Collection[str] = ()
+) -> TrainConfig:
+    """A configuration with the model and the tokenizer of some weights.
+
+    A flag that was given must fit them. What belongs to a training alone, as dropout, comes from the flags.
+
+    Args:
+        path: of the weights, for messages.
+        given: the fields whose flags were given, as "model.n_layer"; those that differ from the preset's count besides.
+
+    Raises:
+        UserError: a flag asks for another model or tokenizer.
+    """
+    preset = PRESETS[config.preset]
+    given = {*given, *(name for name, _, _ in differences(preset, config))}
+    fields: dict[str, Any] = {name: getattr(config.model, name) for name in OF_TRAINING}
+    for name in (f.name for f in dataclasses.fields(ModelConfig)):
+        value, theirs = getattr(config.model, name), getattr(model, name)
+        if f"model.{name}" not in given or name in OF_TRAINING or value == theirs:
+            continue
+        if name != "block_size" or value > theirs:
+            raise UserError(
+                f"{flag_of('model.' + name)} {value}: {path} has {theirs}; leave it out: the model is the weights' own"
+            )
+        fields[name] = value
+    changes: dict[str, Any] = {"model": dataclasses.replace(model, **fields)}
+    if tokenizer is not None:
+        theirs = choice(tokenizer)
+        if "tokenizer" in given and config.tokenizer != theirs:
+            raise UserError(f"--tokenizer {config.tokenizer}: {path} has {theirs}; leave it out")
+        changes["tokenizer"] = theirs
+    return dataclasses.replace(config, **changes)
+
+
+def cropped(params: Mapping[str, np.ndarray], block_size: int) -> dict[str, np.ndarray]:
+    """The parameters with the embeddings of the first `block_size` positions."""
+    positions = "pos_emb.embedding"
+    return {**params, positions: params[positions][:block_size]}
+
+
 def load_weights(path: Path, flag: str, model: ModelConfig) -> Pretrained:
     """The weights of a safetensors file, of a model that is known.
 
@@ -122,8 +169,9 @@ def load_weights(path: Path, flag: str, model: ModelConfig) -> Pretrained:
     return Pretrained("safetensors", os.path.abspath(path), model, params, None, vocab_size)
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "data.json").is_file() or (folder / "checkpoints").is_dir()
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run, or of what is left of one."""
+    return (path / "data.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def _of_run(folder: Path, checkpoint: str) -> Pretrained:
@@ -197,14 +245,16 @@ def _read_safetensors(path: Path, flag: str, data_dir: Path | None, told: Mappin
         tied_head="lm_head.weight" not in tensors,
         bias="ln_f.bias" in tensors,
         init="gpt2",
-        **{name: told[name] for name in ("n_head", "gelu")},
+        **{name: told[name] for name in TOLD if name in told},
     )
-    return TorchModel("safetensors", model, tensors, vocab_size)
+    notes = () if "layer_norm_eps" in told else ("LayerNorm's epsilon is taken as 1e-5: no file of weights says it",)
+    return TorchModel("safetensors", model, tensors, vocab_size, notes=notes)
 
 
 def _with_tokenizer(found: TorchModel, data_dir: Path | None) -> TorchModel:
     """The model with GPT-2's tokenizer, if it names none and has GPT-2's vocabulary, padded or not."""
-    if found.tokenizer is not None or found.vocab_size not in (GPT2_VOCABULARY, PADDED_VOCABULARY):
+    known = found.tokenizer is not None or found.has_unknown_tokenizer
+    if known or found.vocab_size not in (GPT2_VOCABULARY, PADDED_VOCABULARY):
         return found
     with contextlib.suppress(NotAvailable):
         tokenizer = Gpt2Tokenizer(gpt2_folder(data_dir, lambda line: None))

@@ -178,10 +178,10 @@ def _unpickled(data: bytes, storage: Callable[[Any, Any, Any], np.ndarray]) -> A
                 _of(list, stack[-1]).extend(items)
             case "SETITEM":
                 item, key = stack.pop(), stack.pop()
-                _of(dict, stack[-1])[key] = item
+                _of(dict, stack[-1])[_key(key)] = item
             case "SETITEMS":
                 items = above_mark()
-                _of(dict, stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+                _of(dict, stack[-1]).update(zip(map(_key, items[::2]), items[1::2], strict=True))
             case "BINPUT" | "LONG_BINPUT":
                 memo[_of(int, arg)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -205,6 +205,13 @@ def _unpickled(data: bytes, storage: Callable[[Any, Any, Any], np.ndarray]) -> A
 def _of(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
+    return value
+
+
+def _key(value: Any) -> str | int:
+    """A key of a dictionary. One of nested tuples would be hashed by recursion in C, which may exhaust the stack."""
+    if not isinstance(value, str | int):
+        raise _Refused(f"a dictionary has a {type(value).__name__} as a key")
     return value
 
 

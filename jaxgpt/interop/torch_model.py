@@ -32,7 +32,8 @@ class TorchModel:
         model: the shape. Dropout is what it was trained with.
         tensors: the weights under the tutorials' names, in PyTorch's layout.
         vocab_size: the rows of the token embedding.
-        tokenizer: None if the files do not say.
+        tokenizer: None if the files do not say, or if it is not known here.
+        has_unknown_tokenizer: whether it is the second.
         step: the updates that it was trained for.
         optimizer_state: under the names that `torch_names.optimizer_from_torch` takes; None if there is none.
         recipe: fields of a `TrainConfig` that the files say its training has had.
@@ -48,6 +49,7 @@ class TorchModel:
     optimizer_state: Mapping[str, np.ndarray] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    has_unknown_tokenizer: bool = False
 
     def without_padding(self, vocab_size: int) -> "TorchModel":
         """The model with the first rows of its vocabulary: the others are padding that no token has."""
@@ -117,6 +119,11 @@ def count_blocks(tensors: Mapping[str, Any]) -> int:
     return len({match[1] for match in found if match})
 
 
+def shown(value: Any) -> str:
+    """A value of a foreign file for a message: its type, if it is not plain. The repr of nested values may not end."""
+    return f"{value!r:.40}" if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+
+
 @contextlib.contextmanager
 def errors_prefixed(flag_and_path: str) -> Iterator[None]:
     """Puts the flag and the file before the message of a `UserError`."""
@@ -136,7 +143,7 @@ def model_config(**fields: Any) -> ModelConfig:
     for name, value in fields.items():
         expected = type(getattr(ModelConfig(), name)).__name__
         if not isinstance(value, kinds[expected]) or (isinstance(value, bool) and expected != "bool"):
-            raise UserError(f"{name} is {value!r:.40}; give a file whose {name} is of type {expected}")
+            raise UserError(f"{name} is {shown(value)}; give a file whose {name} is of type {expected}")
     try:
         return ModelConfig(**fields)
     except UserError as e:  # it names flags of jaxgpt train, which nobody has given

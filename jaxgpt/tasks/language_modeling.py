@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,7 @@ def train(
     policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
     mesh: str = "",
     init_from: str | None = None,
+    given: Collection[str] = (),
 ) -> int:
     """Trains a language model to the end, or resumes the run in `out_dir`.
 
@@ -67,6 +68,7 @@ def train(
         policy: what to do about warning signals and failed saves.
         mesh: how devices share the training, as `config.mesh_shape` reads it.
         init_from: weights to start from, as `interop.pretrained.load_pretrained` takes them; None for random ones.
+        given: with `init_from`, the fields whose flags were given, as `interop.pretrained.with_model` takes them.
 
     Returns:
         The command's exit code, as `run_training` gives it.
@@ -80,7 +82,7 @@ def train(
     resumed = None if overwrite else out_dir
     weights = None
     if init_from:
-        config, own, weights = initial_weights(config, init_from, resumed, data_dir, display.line)
+        config, own, weights = initial_weights(config, init_from, resumed, data_dir, display.line, given)
     else:
         own = run_dir.own_tokenizer(resumed, config)
     data, executor = build_language_modeling(config, corpus, data_dir, display.line, own, mesh=mesh)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxgpt.config import FinetuneConfig, ModelConfig
 from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.interop import huggingface, huggingface_tokenizer
+from jaxgpt.interop import huggingface, huggingface_tokenizer, torch_files, torch_model
 from jaxgpt.interop.pretrained import load_pretrained
 from jaxgpt.model import gpt
 
@@ -315,6 +315,8 @@ BAD_CHECKPOINTS = {
     "not a number": lambda c: c.update(iter_num=float("nan")),
     "weights": lambda c: c["model"].update({"transformer.wte.weight": torch.full((50, 16), torch.nan)}),
     "names": lambda c: c.update(model={0: torch.zeros(2)}),
+}
+OTHER_OPTIMIZERS = {
     "moments": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
     "state": lambda c: c["optimizer"]["state"].pop(0),
 }
@@ -328,6 +330,67 @@ def test_a_checkpoint_that_does_not_fit_is_refused(name, tmp_path):
     with pytest.raises(UserError, match="^--init-from .*ckpt.pt: .*;") as caught:
         load_pretrained(str(tmp_path / "ckpt.pt"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_of_another_optimizer_the_weights_alone_are_read(name, tmp_path):
+    saved, _ = nanogpt_checkpoint(False)
+    OTHER_OPTIMIZERS[name](saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    found = load_pretrained(str(tmp_path / "ckpt.pt"))
+    assert found.optimizer_state is None and any("optimizer's state" in note for note in found.notes)
+
+
+def test_nested_values_of_a_checkpoint_neither_crash_nor_hang(tmp_path):
+    """Tuples of tuples: as a key they would be hashed, and in a message written out, by recursion."""
+    nested: tuple = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    saved, _ = nanogpt_checkpoint(False)
+    saved["model_args"]["n_layer"] = nested
+    torch_files.save(tmp_path / "value.pt", {"model": {}, "model_args": {**saved["model_args"], "n_layer": (1, (2,))}})
+    with pytest.raises(UserError, match="n_layer is a tuple"):
+        load_pretrained(str(tmp_path / "value.pt"))
+    assert torch_model.shown(nested) == "a tuple"
+    torch_files.save(tmp_path / "key.pt", {"model": {(1, (2,)): 3}, "model_args": {}})
+    with pytest.raises(UserError, match="a dictionary has a tuple as a key"):
+        load_pretrained(str(tmp_path / "key.pt"))
+
+
+@pytest.mark.parametrize("change", ["added", "first", "characters"])
+def test_a_tokenizer_that_is_not_known_is_left_out_and_no_other_taken(change, tmp_path):
+    """Even if the vocabulary has the size of GPT-2's, and its tokens are no padding."""
+    files = huggingface_tokenizer.files(bpe(), 32)
+    values = json.loads(files["tokenizer.json"])
+    vocab = values["model"]["vocab"]
+    if change == "added":
+        values["added_tokens"].append({**values["added_tokens"][0], "content": "<|user|>", "id": len(vocab)})
+    elif change == "first":
+        ids = {token: i + 1 for token, i in vocab.items() if token != "<|endoftext|>"}
+        values["model"]["vocab"], values["added_tokens"][0]["id"] = {"<|endoftext|>": 0, **ids}, 0
+    else:
+        values["model"]["vocab"] = {"\u65e5" if i == 5 else token: i for token, i in vocab.items()}
+    theirs(vocab_size=50_257, dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    found = load_pretrained(str(tmp_path))
+    assert found.tokenizer is None and found.vocab_size == 50_257
+    assert any("its tokenizer is of a kind that is not known here" in note for note in found.notes)
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_pretrained(str(tmp_path)).tokenizer.kind == "gpt2"
+
+
+def test_flags_that_were_given_count_before_the_recipe(cli, text_file, tmp_path):
+    """Also those whose values are the preset's own."""
+    saved, _ = nanogpt_checkpoint(False, vocab_size=16)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    flags = ["--dataset", f"file:{text_file}", "--out", tmp_path / "run", "--schedule=constant", "--lr=3e-4"]
+    done = cli("convert", "import", tmp_path / "ckpt.pt", *flags, "--batch-size=32", "--model.block-size=4")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["lr"], config["batch_size"], config["schedule"]) == (3e-4, 32, "constant")
+    assert config["model"]["block_size"] == 4 and config["beta2"] == saved["config"]["beta2"]
+    done = cli("convert", "import", tmp_path / "ckpt.pt", *flags, "--overwrite", "--model.n-layer=4")
+    assert done.returncode == 2 and "--model.n-layer 4" in done.stderr and "has 2" in done.stderr
 
 
 def test_a_safetensors_file_names_what_it_cannot_know(folder):
