@@ -56,6 +56,18 @@ def text_file(text, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, where its vocabulary is at hand or can be downloaded."""
+    from jaxgpt.data.files import NotAvailable
+    from jaxgpt.data.tokenizer import Gpt2Tokenizer, gpt2_folder
+
+    try:
+        return Gpt2Tokenizer(gpt2_folder(None, print))
+    except NotAvailable as e:
+        pytest.skip(f"GPT-2's vocabulary: {e}")
+
+
+@pytest.fixture(scope="session")
 def user_env(tmp_path_factory) -> dict[str, str]:
     """The environment of a user with an empty home."""
     home = tmp_path_factory.mktemp("home")

@@ -38,7 +38,7 @@ from jaxgpt.runs.restore import restore_language_model
 RECORD = "jaxgpt"  # in the metadata of a safetensors file that was exported here: model and tokenizer
 TOLD = ("n_head", "gelu", "layer_norm_eps")  # fields of a model that no tensor's shape shows
 OF_TRAINING = ("dropout", "attention_dropout", "init")  # fields of a model that its weights do not have
-REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?(@[\w./-]{1,95})?")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def load_weights(path: Path, flag: str, model: ModelConfig) -> Pretrained:
 
 def is_run(path: Path) -> bool:
     """Whether a path is the folder of a run, or of what is left of one."""
-    return (path / "data.json").is_file() or (path / "checkpoints").is_dir()
+    # Unlike Path.is_file, os.path has no error for a name too long.
+    return os.path.isfile(path / "data.json") or os.path.isdir(path / "checkpoints")
 
 
 def _of_run(folder: Path, checkpoint: str) -> Pretrained:
@@ -256,8 +257,10 @@ def _with_tokenizer(found: TorchModel, data_dir: Path | None) -> TorchModel:
     known = found.tokenizer is not None or found.has_unknown_tokenizer
     if known or found.vocab_size not in (GPT2_VOCABULARY, PADDED_VOCABULARY):
         return found
-    with contextlib.suppress(NotAvailable):
+    try:
         tokenizer = Gpt2Tokenizer(gpt2_folder(data_dir, lambda line: None))
         note = "it names no tokenizer; GPT-2's is taken, by the size of its vocabulary"
-        found = replace(found, tokenizer=tokenizer, notes=(*found.notes, note))
+    except NotAvailable as e:
+        tokenizer, note = None, f"it names no tokenizer, and GPT-2's cannot be had: {e}"
+    found = replace(found, tokenizer=tokenizer, notes=(*found.notes, note))
     return found.without_padding(GPT2_VOCABULARY)

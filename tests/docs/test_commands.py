@@ -23,10 +23,7 @@ from jaxgpt.cli.args import parse_train_flags
 # The blocks that are not run: (page, first line).
 NOT_RUN = {
     ("CONTRIBUTING.md", "make env"),
-    (
-        "README.md",
-        "jaxgpt convert import openai-community/gpt2 --out runs/gpt2   # or nanoGPT's ckpt.pt, llm.c's .bin",
-    ),
+    ("README.md", "jaxgpt convert import openai-community/gpt2 --out runs/gpt2"),
     ("docs/accelerators.md", 'pip install -e ".[aot-tpu]"'),
     ("docs/scale.md", "export JAX_NUM_CPU_DEVICES=1"),
     ("docs/scale.md", "python scripts/plan.py --preset gpt2 --batch-size 256 --target H100:32 --mesh data=4,fsdp=8"),

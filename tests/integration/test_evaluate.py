@@ -51,6 +51,7 @@ def test_data_that_has_changed_is_refused(cli, trained, text_file):
         text_file.write_bytes(text)
 
 
+@pytest.mark.slow
 def test_another_dataset_is_encoded_with_the_runs_tokenizer(cli, trained, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text[:3000])
@@ -75,6 +76,7 @@ def test_a_model_that_was_imported_without_a_text_is_evaluated_on_any(cli, train
     assert got["tokens"] == own["tokens"] and got["loss"] == pytest.approx(own["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_test_split_of_wikitexts_files(cli, trained, text, tmp_path):
     """Each line is a document; this tokenizer has no end of text, so the tokens are the file's characters."""
     folder = tmp_path / "wikitext-2"

@@ -38,6 +38,7 @@ def test_the_command_writes_several_samples(cli, trained, text, temperature):
         assert cli("generate", *args, f"--seed={seed}").stdout == texts[seed]
 
 
+@pytest.mark.slow
 def test_several_prompts_as_json(cli, trained, text, tmp_path):
     """Prompts of different lengths in one batch: each text is what its prompt gives alone."""
     prompts = [text[:2], text[10:21], text[30:33]]

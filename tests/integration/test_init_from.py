@@ -25,6 +25,7 @@ def tuned(cli, trained, text_file, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_weights_and_records_them(tuned, trained, cli, text_file, tmp_path):
     """At so small a learning rate no weight moves: the run ends with those that it began from."""
     out = tmp_path / "still"

@@ -59,6 +59,7 @@ def test_a_loaded_model_evaluates_as_the_command_does(model, trained, cli):
     assert model.step == 60 and model.config.model.n_embd == 16
 
 
+@pytest.mark.slow
 def test_logits_are_those_that_the_greedy_text_follows(model, text):
     prompt = text[:5]
     (found,) = jaxgpt.generate(model, prompt, max_new_tokens=3, temperature=0)

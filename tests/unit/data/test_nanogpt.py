@@ -9,7 +9,7 @@ import pytest
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data.corpora import load_corpus
 from jaxgpt.data.token_cache import split_tokens, tokenize_corpus
-from jaxgpt.data.tokenizer import ByteTokenizer, Gpt2Tokenizer, gpt2_folder, make_tokenizer
+from jaxgpt.data.tokenizer import ByteTokenizer, make_tokenizer
 from jaxgpt.errors import UserError
 
 TEXT = "Two late goals, né, and then a third.\n" * 60
@@ -63,7 +63,7 @@ def test_another_tokenizer_than_that_of_meta_pkl_is_refused(characters, kind):
         make_tokenizer(kind, load(characters))
 
 
-def test_characters_without_their_meta_pkl_are_refused(characters):
+def test_characters_without_their_meta_pkl_are_refused(characters, gpt2):
     """As bytes they would train, on nonsense."""
     (characters / "meta.pkl").unlink()
     corpus = load(characters)
@@ -71,14 +71,12 @@ def test_characters_without_their_meta_pkl_are_refused(characters):
         make_tokenizer("char", corpus)
     with pytest.raises(UserError, match="does not hold the bytes of a text"):
         split_tokens(corpus, ByteTokenizer(), config_of())
-    gpt2 = Gpt2Tokenizer(gpt2_folder(None, print))
     with pytest.raises(UserError, match="not of GPT-2's byte pairs"):
         split_tokens(corpus, gpt2, config_of())
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_bytes_and_byte_pairs_of_either_type_are_read_alike(tmp_path, dtype):
-    gpt2 = Gpt2Tokenizer(gpt2_folder(None, print))
+def test_bytes_and_byte_pairs_of_either_type_are_read_alike(tmp_path, dtype, gpt2):
     for number, tokenizer in enumerate((ByteTokenizer(), gpt2)):
         ids = tokenizer.encode(TEXT)
         folder = write(tmp_path, ids[:400], ids[400:], dtype)
@@ -107,8 +105,8 @@ def test_bytes_and_byte_pairs_of_either_type_are_read_alike(tmp_path, dtype):
         ([300, 5, 9] * 4, "<u4", "gpt2", "auto", "too short to tell uint16 tokens from uint32; give --token-dtype"),
     ],
 )
-def test_content_that_contradicts_is_refused(tmp_path, train, dtype, kind, told, message):
-    tokenizer = ByteTokenizer() if kind == "byte" else Gpt2Tokenizer(gpt2_folder(None, print))
+def test_content_that_contradicts_is_refused(tmp_path, train, dtype, kind, told, message, gpt2):
+    tokenizer = ByteTokenizer() if kind == "byte" else gpt2
     write(tmp_path, train, train, dtype)
     with pytest.raises(UserError, match=message):
         split_tokens(load(tmp_path), tokenizer, config_of(token_dtype=told))

@@ -59,6 +59,7 @@ def test_the_shapes_of_gpt2(preset, n_params):
     assert config.tokens_per_step == 2**19 * (2 if preset == "gpt2-xl" else 1)
 
 
+@pytest.mark.slow
 def test_without_biases_and_with_another_epsilon():
     config = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8)
     without = dataclasses.replace(config, bias=False)
@@ -77,6 +78,7 @@ def test_without_biases_and_with_another_epsilon():
     assert not np.array_equal(outputs[0], outputs[2])
 
 
+@pytest.mark.slow
 def test_attention_dropout_zeroes_and_scales_weights_in_training_alone():
     """One layer, values that are all 1: the output of attention is the sum of the weights that are kept."""
     rate, T = 0.25, 64

@@ -153,6 +153,7 @@ def test_a_row_of_a_batch_is_the_text_of_its_seed_alone(bound):
     assert rows[1] == [4, 5, 3, 5, 10, 0, 5, 5, 3, 3, 3, 8, 3, 1, 1, 10, 10, 10, 5, 5, 5, 5, 5, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(temperature=0.0), dict(temperature=1.3, top_k=9, repetition_penalty=1.2)])
 def test_prompts_of_different_lengths_in_one_batch(bound, flags):
     """Also where the longest text leaves the block before the others, and for a prompt longer than the block."""

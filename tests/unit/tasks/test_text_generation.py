@@ -74,6 +74,7 @@ def model():
     return TextModel(gpt.bind(config, 5, Numerics()), params, config, CharTokenizer("abcde"))
 
 
+@pytest.mark.slow
 def test_batches_of_prompts_and_samples(model, monkeypatch):
     """Two continuations of each prompt, in batches of three; each is what the stream of its prompt and seed gives."""
     monkeypatch.setattr(text_generation, "BATCH_SIZE", 3)
