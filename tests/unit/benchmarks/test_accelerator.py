@@ -212,7 +212,8 @@ def test_a_plan_needs_the_figures_and_the_compiler_of_the_device(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tests", "parity"])
-def test_on_a_cpu_a_stage_tells_what_it_needs(name):
+def test_on_a_cpu_a_stage_tells_what_it_needs(name, monkeypatch):
+    monkeypatch.delenv("JAXGPT_TEST_SHARE", raising=False)  # a share of the stage's own few tests may be none
     found = accelerator.run_stage(Stage.named(name, 300), CPU)
     assert found["status"] == "not measured" and "GPU" in found["why"], found
 
