@@ -6,7 +6,7 @@ The names of this module are `jaxgpt`'s: `import jaxgpt; model = jaxgpt.load("ru
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from jaxgpt.config import FaultPolicy, SamplingConfig, TrainConfig
+from jaxgpt.config import SamplingConfig, TrainConfig
 from jaxgpt.errors import UserError
 from jaxgpt.progress import ProgressDisplay
 
@@ -110,18 +110,13 @@ def train_or_resume(
     overwrite: bool,
     display: ProgressDisplay,
     started: float | None = None,
-    loader: str = "auto",
-    summarise: bool = False,
-    policy: FaultPolicy = FaultPolicy(),  # noqa: B008  (frozen)
-    mesh: str = "",
-    init_from: str | None = None,
-    given: Collection[str] = (),
+    **options: Any,
 ) -> tuple[Path, int]:
     """`train` with all that `jaxgpt train` takes.
 
     Args:
         started: `time.perf_counter()` at the start, for the time to the first step; by default now.
-        loader, summarise, policy, mesh, init_from, given: as of `tasks.language_modeling.train`.
+        options: the other arguments of `tasks.language_modeling.train`.
 
     Returns:
         The run folder, and the exit code: 0, or 128 + the signal that stopped the training.
@@ -138,8 +133,8 @@ def train_or_resume(
 
     config = dataclasses.replace(config, dataset=corpus.name)
     folder = out_dir or run_dir.default_run_dir(config.dataset, config.preset)
-    rest = (display, started, data_dir, loader, summarise)
-    return folder, language_modeling.train(config, corpus, folder, overwrite, *rest, policy, mesh, init_from, given)
+    code = language_modeling.train(config, corpus, folder, overwrite, display, started, data_dir, **options)
+    return folder, code
 
 
 def load(
@@ -317,9 +312,8 @@ def evaluate(
     from jaxgpt.runs import restore
     from jaxgpt.tasks import evaluation, language_modeling
 
-    block_size = model.config.model.block_size
-    if stride is not None and not 1 <= stride <= block_size:
-        raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
+    if stride is not None:
+        language_modeling.require_stride(stride, model.config.model.block_size)
     folder = None if data_dir is None else Path(data_dir)
     if dataset is not None:
         folder = folder or (model.run.data_dir if model.run else None)

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxgpt import strict_json
 from jaxgpt.config import ProcessLayout
-from jaxgpt.errors import DamagedRun, UserError, flag
+from jaxgpt.errors import DamagedRun, UserError, first_line, flag
 from jaxgpt.versions import versions
 
 Value = TypeVar("Value")
@@ -53,7 +53,7 @@ def joined(layout: ProcessLayout) -> Iterator[None]:
         if not is_lost_process(e):
             raise
         raise UserError(
-            f"--distributed: a collective has failed, as when another process ends ({_first_line(e)}); see what the "
+            f"--distributed: a collective has failed, as when another process ends ({first_line(e)}); see what the "
             "others print, and start all of them again with the same command: they go on from the last checkpoint"
         ) from e
 
@@ -88,7 +88,7 @@ def _initialize(layout: ProcessLayout) -> None:
         remedy = "give --coordinator HOST:PORT, --num-processes and --process-id"
         if layout.coordinator:
             remedy = f"see that no other program listens at {layout.coordinator}, or name another port"
-        raise UserError(f"--distributed: JAX cannot join the processes ({_first_line(e)}); {remedy}") from None
+        raise UserError(f"--distributed: JAX cannot join the processes ({first_line(e)}); {remedy}") from None
     finally:
         watchdog.cancel()
         signal.signal(signal.SIGINT, handler)
@@ -98,10 +98,6 @@ def _initialize(layout: ProcessLayout) -> None:
         # JAX gives each process of SLURM and Open MPI one GPU, also where there is one process on a host.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:160]
 
 
 def connect() -> None:

@@ -29,6 +29,11 @@ class LossNotFinite(ArithmeticError):
     were skipped. The message names the step. Exit 3."""
 
 
+def first_line(error: object, most: int = 160) -> str:
+    """The first line of an error's message, at most so many characters; "" of an error without one."""
+    return (str(error).splitlines() or [""])[0][:most]
+
+
 def flag(name: str) -> str:
     """The command-line flag of a field: `model.n_layer` -> `--model.n-layer`."""
     return "--" + name.replace("_", "-")

@@ -26,6 +26,18 @@ def _train(flags: TrainFlags, args: list[str], started: float, prints: bool = Tr
     from jaxgpt.api import train_or_resume
     from jaxgpt.progress import ProgressDisplay
 
-    rest = (ProgressDisplay(prints), started, flags.loader, flags.summary, flags, flags.mesh)
-    rest = (*rest, flags.init_from, given_flags(args))
-    return train_or_resume(config_of(flags), flags.out_dir, flags.data_dir, flags.overwrite, *rest)[1]
+    _, code = train_or_resume(
+        config_of(flags),
+        flags.out_dir,
+        flags.data_dir,
+        flags.overwrite,
+        ProgressDisplay(prints),
+        started,
+        loader=flags.loader,
+        summarise=flags.summary,
+        policy=flags,
+        mesh=flags.mesh,
+        init_from=flags.init_from,
+        given=given_flags(args),
+    )
+    return code

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxgpt.data.files import PIECE_BYTES, NotAvailable, NotRegular, open_regular, read_pieces, unreachable_reason
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 Texts = Callable[[], Iterator[str]]  # each call starts a new pass over the texts
 TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -416,7 +416,7 @@ def _saved_splits(folder: str, option: str) -> Mapping[Any, Any]:
     try:
         found = datasets.load_from_disk(folder)
     except Exception as e:  # of the library, of pyarrow and of json
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
+        reason = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{option}: cannot be read as a folder of save_to_disk ({reason}); save it again") from None
     return found if isinstance(found, datasets.DatasetDict) else {"train": found}
 
@@ -443,7 +443,7 @@ def hub_builder(spec: str, option: str, own_files: str = "file:PATH") -> Iterato
     except UserError:
         raise
     except Exception as e:  # the errors of the library and of its transports have no common base class
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+        reason = f"{type(e).__name__}: {first_line(e, 200)}"
         if no_network:
             reason = f"no network ({no_network})"
         raise NotAvailable(

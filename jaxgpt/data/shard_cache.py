@@ -47,7 +47,7 @@ from jaxgpt.data.files import (
 from jaxgpt.data.readers import hub_endpoint, join_columns, read_rows, row_group_bytes
 from jaxgpt.data.shards import ParquetFiles, Shard, SourceFile, TokenShards, digest_of, read_record, write_record
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 FORMAT = 1  # of a folder; part of its name
 SHARD_BYTES = 2**26  # a shard is made of row groups with this much data or more: some 15 million tokens of English
@@ -249,7 +249,7 @@ class ShardMaker:
                     raise
                 gone = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
                 if gone or attempt == DOWNLOAD_ATTEMPTS - 1:
-                    reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+                    reason = f"{type(e).__name__}: {first_line(e, 200)}"
                     remedy = "it is no longer there" if gone else "start again: it goes on"
                     raise NotAvailable(f"{where} cannot be had from {hub_endpoint()} ({reason}); {remedy}") from None
                 time.sleep(2**attempt)

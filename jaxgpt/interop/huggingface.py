@@ -16,7 +16,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data.files import read_small, unreachable_reason
 from jaxgpt.data.readers import hub_endpoint
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.interop import huggingface_tokenizer, safetensors, torch_names
 from jaxgpt.interop.torch_model import TorchModel, model_config
 
@@ -203,8 +203,7 @@ def download(name: str, flag: str, say: Callable[[str], None]) -> Path:
             endpoint=hub_endpoint(),
         )
     except Exception as e:  # the errors of the library and of its transports have no common base class
-        first_line = (str(e).splitlines() or [""])[0][:160]
-        reason = f"no network ({no_network})" if no_network else f"{type(e).__name__}: {first_line}"
+        reason = f"no network ({no_network})" if no_network else f"{type(e).__name__}: {first_line(e)}"
         raise UserError(
             f"{flag} {name}: no such file or folder, and as a repository it cannot be had from {hub_endpoint()} "
             f"({reason}); check the name or the path"

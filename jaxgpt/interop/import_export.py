@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import jax
 import numpy as np
 
 from jaxgpt import parallel, strict_json
-from jaxgpt.config import TrainConfig, differences
+from jaxgpt.config import TrainConfig
 from jaxgpt.data.corpora import Corpus
+from jaxgpt.data.files import atomic_folder
 from jaxgpt.data.tokenizer import make_tokenizer, sample_prompt
 from jaxgpt.errors import UserError
 from jaxgpt.interop import huggingface, huggingface_tokenizer, model_card, nanogpt, safetensors, torch_names
-from jaxgpt.interop.pretrained import OF_TRAINING, RECORD, Pretrained, cropped, with_model
+from jaxgpt.interop.pretrained import OF_TRAINING, RECORD, Pretrained, all_given, cropped, with_model
 from jaxgpt.interop.torch_model import errors_prefixed
-from jaxgpt.presets import PRESETS
 from jaxgpt.runs import run_dir
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.restore import RestoredRun, restore_any, restore_language_model
@@ -36,18 +35,16 @@ def imported_config(flags: TrainConfig, path: str, pretrained: Pretrained, given
     Args:
         flags: what the command's flags say.
         path: of the model, for messages.
-        given: the fields whose flags were given; they count before the recipe. Those that differ from the preset's
-            count as given besides.
+        given: the fields whose flags were given, as `all_given` takes them; they count before the recipe.
 
     Raises:
         UserError: a flag asks for another model, or the recipe is none that can be trained here.
     """
-    preset = PRESETS[flags.preset]
-    given = {*given, *(name for name, _, _ in differences(preset, flags))}
+    given = all_given(flags, given)
     if "schedule" in given:  # the rest of the recipe's own belongs to it
         given |= {"warmup_steps", "decay_steps", "min_lr"}
     recipe = {name: value for name, value in pretrained.recipe.items() if name not in given}
-    if flags.dtype == preset.dtype and any(p.dtype == np.float64 for p in pretrained.params.values()):
+    if flags.dtype == "auto" and any(p.dtype == np.float64 for p in pretrained.params.values()):
         recipe["dtype"] = "float64"
     # The rates of dropout are those of its training where no flag gives them.
     own = {name: getattr(pretrained.model, name) for name in OF_TRAINING if f"model.{name}" not in given}
@@ -115,11 +112,7 @@ def import_run(
         tokenizer = data.tokenizer
         sample_prompt(config.prompt, tokenizer, corpus)  # a run whose prompt cannot be encoded could not be trained
     config = executor.config
-    if tokenizer.vocab_size != pretrained.vocab_size:
-        raise UserError(
-            f"{flag_and_path}: has a vocabulary of {pretrained.vocab_size:,}, and --tokenizer {config.tokenizer} one "
-            f"of {tokenizer.vocab_size:,}; give the --dataset and the --tokenizer that it was trained with"
-        )
+    pretrained.require_vocabulary(tokenizer.vocab_size, flag_and_path, f"--tokenizer {config.tokenizer}")
     with errors_prefixed(flag_and_path):
         state = _state(executor, pretrained)
     done = int(state.step)
@@ -300,18 +293,17 @@ def _classifier(
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when it is complete."""
-    partial = path.with_name(path.name + ".partial")
+    """A folder to fill, which takes the place of `path` when it is complete; others may read it, as any new folder."""
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: cannot be written (no such folder); choose a writable place with room")
+    umask = os.umask(0)
+    os.umask(umask)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
+        with atomic_folder(path) as folder:
+            folder.chmod(0o777 & ~umask)
+            yield folder
     except OSError as e:
         raise UserError(f"--out {path}: cannot be written ({e.strerror}); choose a writable place with room") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,19 @@ class Pretrained:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def require_vocabulary(self, vocab_size: int, flag_and_path: str, tokenizer: str) -> None:
+        """Raises `UserError` if a vocabulary is not the model's.
+
+        Args:
+            flag_and_path: what gave the model, for messages.
+            tokenizer: what has the vocabulary, for messages.
+        """
+        if vocab_size != self.vocab_size:
+            raise UserError(
+                f"{flag_and_path}: has a vocabulary of {self.vocab_size:,}, and {tokenizer} one of {vocab_size:,}; "
+                "give the --dataset and the --tokenizer that it was trained with"
+            )
+
 
 def load_pretrained(
     path: str,
@@ -113,6 +126,15 @@ def load_pretrained(
     return Pretrained(found.kind, source, found.model, params, *more)
 
 
+def all_given(config: TrainConfig, given: Collection[str]) -> set[str]:
+    """The fields that a user has chosen: those whose flags were given, and those that differ from the preset's.
+
+    Args:
+        given: names as "model.n_layer", whatever their values.
+    """
+    return {*given, *(name for name, _, _ in differences(PRESETS[config.preset], config))}
+
+
 def with_model(
     config: TrainConfig, path: str, model: ModelConfig, tokenizer: Tokenizer | None, given: Collection[str] = ()
 ) -> TrainConfig:
@@ -122,13 +144,12 @@ def with_model(
 
     Args:
         path: of the weights, for messages.
-        given: the fields whose flags were given, as "model.n_layer"; those that differ from the preset's count besides.
+        given: the fields whose flags were given, as `all_given` takes them.
 
     Raises:
         UserError: a flag asks for another model or tokenizer.
     """
-    preset = PRESETS[config.preset]
-    given = {*given, *(name for name, _, _ in differences(preset, config))}
+    given = all_given(config, given)
     fields: dict[str, Any] = {name: getattr(config.model, name) for name in OF_TRAINING}
     for name in (f.name for f in dataclasses.fields(ModelConfig)):
         value, theirs = getattr(config.model, name), getattr(model, name)
@@ -188,9 +209,6 @@ def _one_line(flag_and_path: str) -> Iterator[None]:
     try:
         with errors_prefixed(flag_and_path):
             yield
-    except UserError as e:
-        doubled = f"{flag_and_path}: {flag_and_path}"
-        raise UserError(str(e).replace(doubled, flag_and_path)) from None
     except FileNotFoundError:
         raise UserError(f"{flag_and_path}: no such file, folder or run; check the path") from None
     except (OSError, ValueError) as e:  # ValueError: the path holds a NUL

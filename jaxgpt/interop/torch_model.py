@@ -126,11 +126,12 @@ def shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def errors_prefixed(flag_and_path: str) -> Iterator[None]:
-    """Puts the flag and the file before the message of a `UserError`."""
+    """Puts the flag and the file before the message of a `UserError`, unless it begins so."""
     try:
         yield
     except UserError as e:
-        raise UserError(f"{flag_and_path}: {e}") from None
+        message = str(e)
+        raise UserError(message if message.startswith(flag_and_path) else f"{flag_and_path}: {message}") from None
 
 
 def model_config(**fields: Any) -> ModelConfig:

@@ -131,12 +131,12 @@ def generate_batch(
     steps = _compiled(model, config, _Choice.of(sampling))
     key_B = _row_keys(tuple(range(sampling.seed, sampling.seed + n_rows) if seeds is None else seeds))
     seen_BV = None if sampling.repetition_penalty == 1 else _seen(texts, params["token_emb.embedding"].shape[0])
-    cache_length = _rounded_up(longest + n_new - 1, block_size)
+    cache_length = rounded_up(longest + n_new - 1, block_size)
 
     def read_windows(i: int, seen_BV: Array | None) -> tuple[Array, Cache, Array | None]:
         """The i-th new tokens, from the last block of each text, and the cache of these windows."""
         read_B = np.minimum(length_B + i, block_size)
-        window_BW = np.zeros((n_rows, _rounded_up(int(read_B.max()), block_size)), np.int32)
+        window_BW = np.zeros((n_rows, rounded_up(int(read_B.max()), block_size)), np.int32)
         for window_W, text, n_read in zip(window_BW, texts, read_B, strict=True):
             window_W[:n_read] = text[-n_read:]
         return steps.prefill(params, window_BW, read_B, key_B, np.int32(i), seen_BV, cache_length)
@@ -249,7 +249,7 @@ def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> Array:
     return jnp.asarray(seen_BV)
 
 
-def _rounded_up(length: int, block_size: int) -> int:
+def rounded_up(length: int, block_size: int) -> int:
     """A power of two of at least `length`, or a block if that is less: so that few lengths are compiled.
 
     The model reads no more than it must: of a block of 1,024 positions a short text would leave most empty.

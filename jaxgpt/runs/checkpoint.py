@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from jaxgpt import distributed
 from jaxgpt.data.files import PARTIAL
-from jaxgpt.errors import DamagedRun, UserError
+from jaxgpt.errors import DamagedRun, UserError, first_line
 from jaxgpt.runs import files, manifest
 from jaxgpt.runs.files import Unreadable
 from jaxgpt.runs.manifest import Manifest
@@ -434,7 +434,7 @@ def _reported_as_user_error(path: Path, what: str) -> Iterator[None]:
             raise
         remedy = "make room there and start again: it goes on"
         full = re.search("No space left on device|File too large|Disk quota exceeded", str(e))
-        reason = full[0] if full else _first_line(e)
+        reason = full[0] if full else first_line(e)
         if isinstance(e, MemoryError):
             reason, remedy = "out of memory", "give the process more of it and start again"
         if reason == "File too large":
@@ -454,8 +454,4 @@ def _reported_as_damage(path: Path) -> Iterator[None]:
             raise
         # Of several processes, one that cannot read its part must not try another checkpoint than the others.
         kind = UserError if distributed.is_distributed() else DamagedRun
-        raise kind(f"{path} is damaged ({type(e).__name__}: {_first_line(e)})") from e
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [""])[0][:160]
+        raise kind(f"{path} is damaged ({type(e).__name__}: {first_line(e)})") from e

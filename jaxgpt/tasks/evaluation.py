@@ -27,6 +27,8 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import GPT, Params
 from jaxgpt.model.loss import perplexity
+from jaxgpt.model.sampling import rounded_up
+from jaxgpt.tasks.language_modeling import require_stride
 from jaxgpt.tasks.text_generation import TextModel
 
 Benchmark = Literal["wikitext-2", "wikitext-103", "lambada", "hellaswag"]
@@ -36,7 +38,6 @@ HUB_DATASETS = {
 }
 HELLASWAG_FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 DEFAULT_STRIDE = 512  # of the windows of WikiText; half a block for smaller models
-MIN_LENGTH = 16  # the shortest row that is compiled
 BATCH_TOKENS = 4096  # that the model reads at a time
 PROGRESS_SECONDS = 20.0
 
@@ -75,7 +76,7 @@ def log_likelihoods(model: TextModel, requests: Sequence[Request], say: Say = la
     for i, (context, target) in enumerate(requests):
         assert len(context) and 0 < len(target) <= block_size
         n = min(len(context) + len(target) - 1, block_size)
-        by_length.setdefault(min(max(MIN_LENGTH, 2 ** (n - 1).bit_length()), block_size), []).append(i)
+        by_length.setdefault(rounded_up(n, block_size), []).append(i)
     scores, found, last_said = _scores(model.model), {}, time.monotonic()
     for length, numbers in sorted(by_length.items()):
         n_rows = min(max(1, BATCH_TOKENS // length), 2 ** (len(numbers) - 1).bit_length())
@@ -188,8 +189,7 @@ def wikitext(
         separated by white space; "tokens" and "words", the numbers; and the "stride".
     """
     block_size = model.config.block_size
-    if not 1 <= stride <= block_size:
-        raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
+    require_stride(stride, block_size)
     text = "\n\n".join(line if line.strip() else "" for line in texts)  # the hub's rows of blanks alone are empty
     try:
         tokens_N = model.tokenizer.encode(text)

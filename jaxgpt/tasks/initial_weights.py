@@ -14,7 +14,6 @@ import numpy as np
 from jaxgpt import distributed
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError
 from jaxgpt.interop.pretrained import Pretrained, cropped, load_pretrained, with_model
 from jaxgpt.parallel import Executor
 from jaxgpt.runs import run_dir
@@ -40,11 +39,7 @@ class InitialWeights:
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises `UserError` if a vocabulary is not theirs."""
-        if vocab_size != self.pretrained.vocab_size:
-            raise UserError(
-                f"--init-from {self.pretrained.source}: has a vocabulary of {self.pretrained.vocab_size:,}, and the "
-                f"tokenizer one of {vocab_size:,}; give the --dataset and the --tokenizer that it was trained with"
-            )
+        self.pretrained.require_vocabulary(vocab_size, f"--init-from {self.pretrained.source}", "the tokenizer")
 
     def state(self, executor: Executor) -> TrainState:
         """The state before the first update: these parameters, and of the optimizer the initial state."""

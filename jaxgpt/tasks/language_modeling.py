@@ -250,6 +250,12 @@ class LanguageModelingTask(Task):
         return self.prompt + decode(tokenizer, ids)
 
 
+def require_stride(stride: int, block_size: int) -> None:
+    """Raises `UserError` if windows cannot start so many tokens apart."""
+    if not 1 <= stride <= block_size:
+        raise UserError(f"--stride {stride}: give a whole number from 1 to the run's block of {block_size}")
+
+
 class SplitLoss(NamedTuple):
     """The loss over a split."""
 
