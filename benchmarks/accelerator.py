@@ -98,7 +98,7 @@ def read_tests(cases: list[ElementTree.Element]) -> dict[str, Any]:
 
 def run_parity(machine: Machine) -> dict[str, Any]:
     """The parity suite's level for accelerators, in float32 and bfloat16."""
-    from parity_tests.engine.suite import run_check
+    from jaxgpt.parity.suite import run_check
     from parity_tests.suite import SUITE, prepare_process
 
     prepare_process(os.cpu_count() or 1)

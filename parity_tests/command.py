@@ -10,14 +10,14 @@ from typing import Any
 
 from jaxgpt.cli.parity import ParityFlags
 from jaxgpt.errors import UserError
+from jaxgpt.parity import report
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.locate import first_departure
+from jaxgpt.parity.mutants import caught
+from jaxgpt.parity.suite import CheckResult, in_processes
 from parity_tests import docs_page, locate, mutants
 from parity_tests.cases import prepare_torch
 from parity_tests.checks import whole_runs
-from parity_tests.engine import report
-from parity_tests.engine.harness import Row
-from parity_tests.engine.locate import first_departure
-from parity_tests.engine.mutants import caught
-from parity_tests.engine.suite import CheckResult, in_processes
 from parity_tests.suite import prepare_process, run_suite
 from parity_tests.tolerances import TOLERANCES
 from parity_tests.trained_run import compare_run

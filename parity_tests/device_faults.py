@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from jaxgpt import parallel, train_step
-from parity_tests.engine.mutants import Patch, put, wrap
+from jaxgpt.parity.mutants import Patch, put, wrap
 
 
 def clipped_before(real: Callable[..., Any]) -> Callable[..., Any]:

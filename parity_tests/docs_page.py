@@ -6,9 +6,9 @@ from typing import Any
 
 from jaxgpt import strict_json
 from jaxgpt.errors import UserError
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.report import COLUMNS, MUTANT_COLUMNS, SURVIVES, cells, markdown, worst_rows
 from jaxgpt.runs import files
-from parity_tests.engine.harness import Row
-from parity_tests.engine.report import COLUMNS, MUTANT_COLUMNS, SURVIVES, cells, markdown, worst_rows
 from parity_tests.tolerances import TOLERANCES
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"

@@ -19,7 +19,7 @@ from jaxgpt.interop import torch_names
 from jaxgpt.model import gpt, loss, sampling
 from jaxgpt.model.gpt import GPT, Block, Linear
 from jaxgpt.objective import LanguageModelingObjective
-from parity_tests.engine.mutants import Patch, put, together, wrap
+from jaxgpt.parity.mutants import Patch, put, together, wrap
 
 
 def layer_norm(**changes: Any) -> Patch:

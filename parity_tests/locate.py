@@ -16,6 +16,8 @@ import torch
 
 from jaxgpt.interop.torch_names import optimizer_to_torch
 from jaxgpt.model.gpt import GPT
+from jaxgpt.parity.harness import Row, worst_tensor
+from jaxgpt.parity.locate import Compared
 from parity_tests.cases import (
     SIZES,
     Case,
@@ -33,8 +35,6 @@ from parity_tests.cases import (
 )
 from parity_tests.checks import ops
 from parity_tests.checks.optimizer import without_epsilon
-from parity_tests.engine.harness import Row, worst_tensor
-from parity_tests.engine.locate import Compared
 from parity_tests.tolerances import TOLERANCES
 from torch_ref.train_step import optimizer_tensors
 

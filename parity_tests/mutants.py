@@ -21,10 +21,10 @@ from jaxgpt.interop import torch_names
 from jaxgpt.model import attention, fused_ops, gpt, loss
 from jaxgpt.model.gpt import GPT
 from jaxgpt.objective import LanguageModelingObjective
+from jaxgpt.parity import mutants as engine
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.mutants import Mutant, put, wrap
 from parity_tests import device_faults, faults
-from parity_tests.engine import mutants as engine
-from parity_tests.engine.harness import Row
-from parity_tests.engine.mutants import Mutant, put, wrap
 from parity_tests.probes import PROBES
 
 MODEL, UPDATE = ("model", "block", "trajectory"), ("optimizer", "trajectory")

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.mutants import Probe
 from parity_tests.cases import SIZES, small
 from parity_tests.checks import (
     bfloat16,
@@ -20,8 +22,6 @@ from parity_tests.checks import (
     whole_model,
 )
 from parity_tests.checks import optimizer as optimizer_checks
-from parity_tests.engine.harness import Row
-from parity_tests.engine.mutants import Probe
 
 
 def _optimizer() -> Iterator[Row]:

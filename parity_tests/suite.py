@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from jaxgpt.parity.suite import CheckResult, Suite
 from parity_tests import mutants, pictures
 from parity_tests.cases import prepare_torch
 from parity_tests.checks import (
@@ -25,7 +26,6 @@ from parity_tests.checks import (
     whole_model,
     whole_runs,
 )
-from parity_tests.engine.suite import CheckResult, Suite
 
 
 def prepare_jax() -> None:

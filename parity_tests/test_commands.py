@@ -9,9 +9,9 @@ import pytest
 
 import jaxgpt
 from jaxgpt.cli import main
+from jaxgpt.parity.report import SURVIVES
 from jaxgpt.presets import PRESETS
 from parity_tests import docs_page
-from parity_tests.engine.report import SURVIVES
 from parity_tests.suite import SUITE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.errors import UserError
-from parity_tests.engine.mutants import caught, worst_row
+from jaxgpt.parity.mutants import caught, worst_row
 from parity_tests.mutants import MUTANTS, find
 from parity_tests.probes import PROBES
 

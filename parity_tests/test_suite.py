@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity_tests.engine.suite import run_check
+from jaxgpt.parity.suite import run_check
 from parity_tests.suite import SUITE
 from parity_tests.tolerances import TOLERANCES
 

@@ -5,7 +5,7 @@ The measured values are the worst of two CPU cores with jax 0.10.1 on Python 3.1
 2.13. "R" is the root mean square of our error over PyTorch's own, both against PyTorch in float64.
 """
 
-from parity_tests.engine.tolerances import NOTHING_MAY_RAISE, RAISED, Tolerance, Tolerances
+from jaxgpt.parity.tolerances import NOTHING_MAY_RAISE, RAISED, Tolerance, Tolerances
 
 _SUMS_64 = "sums of at most a few hundred terms, each rounded by 1e-16"
 _R_VALUES = "as exact as PyTorch: half as much again for another order of summation"

@@ -11,9 +11,9 @@ import torch
 
 from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.model.loss import perplexity
+from jaxgpt.parity.harness import Row, max_abs, own_errors
 from jaxgpt.runs.restore import restore_language_model, split_of
 from jaxgpt.tasks.language_modeling import whole_split_loss
-from parity_tests.engine.harness import Row, max_abs, own_errors
 from parity_tests.tolerances import error_row, ratio_row, row
 from torch_ref.model import GPT
 from torch_ref.train import whole_split_loss as torch_whole_split

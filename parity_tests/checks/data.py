@@ -22,8 +22,8 @@ from jaxgpt.data.sampler import PADDING
 from jaxgpt.data.token_cache import tokenize_corpus
 from jaxgpt.data.tokenizer import END_OF_TEXT, Gpt2Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.parity.harness import Row
 from jaxgpt.presets import PRESETS
-from parity_tests.engine.harness import Row
 from parity_tests.tolerances import row
 from torch_ref import data as reference
 from torch_ref import datasets, finetune

@@ -12,6 +12,7 @@ import torch
 from jaxgpt import parallel
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.interop.torch_names import to_torch
+from jaxgpt.parity.harness import Row, worst_tensor
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from jaxgpt.train_step import TrainState, train_step
 from parity_tests.cases import (
@@ -27,7 +28,6 @@ from parity_tests.cases import (
     torch_results,
 )
 from parity_tests.checks.optimizer import without_epsilon
-from parity_tests.engine.harness import Row, worst_tensor
 from parity_tests.tolerances import row
 from torch_ref.train import whole_split_loss as torch_whole_split
 

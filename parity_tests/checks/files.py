@@ -12,12 +12,12 @@ import safetensors.numpy
 import safetensors.torch
 
 from jaxgpt.interop import torch_names
+from jaxgpt.parity.harness import Row, worst_tensor
 from jaxgpt.train_step import TrainState
 from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, precision_of, small
 from parity_tests.checks.optimizer import without_epsilon
 from parity_tests.checks.trajectories import cases as trajectory_cases
 from parity_tests.checks.trajectories import torch_trajectory
-from parity_tests.engine.harness import Row, worst_tensor
 from parity_tests.tolerances import row
 from torch_ref.train_step import load_optimizer_tensors, optimizer_tensors
 

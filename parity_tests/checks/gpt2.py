@@ -17,6 +17,7 @@ from jaxgpt.interop import torch_names
 from jaxgpt.interop.torch_names import tutorial_names
 from jaxgpt.model import sampling as ours
 from jaxgpt.model.loss import perplexity
+from jaxgpt.parity.harness import Row, max_abs, own_errors, worst_tensor
 from parity_tests.cases import (
     BATCH,
     SIZES,
@@ -31,7 +32,6 @@ from parity_tests.cases import (
     torch_model,
 )
 from parity_tests.checks.whole_model import FLOOR
-from parity_tests.engine.harness import Row, max_abs, own_errors, worst_tensor
 from parity_tests.tolerances import error_row, ratio_row, row
 
 MODEL = dataclasses.replace(SIZES, tied_head=True, gelu="tanh", init="gpt2")

@@ -12,6 +12,7 @@ from jaxgpt import trainer
 from jaxgpt.analysis import comparison, diagnostics
 from jaxgpt.config import ModelConfig
 from jaxgpt.interop.torch_names import to_torch
+from jaxgpt.parity.harness import Row, max_abs
 from parity_tests.cases import (
     SIZES,
     Case,
@@ -27,7 +28,6 @@ from parity_tests.cases import (
     torch_model,
 )
 from parity_tests.checks.optimizer import without_epsilon
-from parity_tests.engine.harness import Row, max_abs
 from parity_tests.tolerances import error_row, row
 from torch_ref.model import attention_maps, mean_loss
 from torch_ref.train import EarlyStopping

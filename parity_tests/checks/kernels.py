@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from jaxgpt.model import attention
+from jaxgpt.parity.harness import Row, own_errors, tensor_ratios, worst_tensor
 from parity_tests.checks.ops import Op, flax_vjp, torch_vjp
-from parity_tests.engine.harness import Row, own_errors, tensor_ratios, worst_tensor
 from parity_tests.tolerances import ratio_row, row
 
 N_HEAD, HEAD_SIZE = 3, 16

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt, loss
 from jaxgpt.model.attention import MIN_BLOCK
+from jaxgpt.parity.harness import Row, max_abs, own_errors, relative_l2, tensor_ratios, worst_tensor
 from parity_tests.cases import (
     BATCH,
     SIZES,
@@ -32,7 +33,6 @@ from parity_tests.cases import (
     small,
     torch_model,
 )
-from parity_tests.engine.harness import Row, max_abs, own_errors, relative_l2, tensor_ratios, worst_tensor
 from parity_tests.tolerances import error_row, ratio_row, row
 
 Arrays = dict[str, np.ndarray]

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from jaxgpt.data import sampler
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.model import loss
+from jaxgpt.parity.harness import Row
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from parity_tests.cases import SIZES, Case, FlaxTraining, precision_of, small, torch_model
-from parity_tests.engine.harness import Row
 from parity_tests.tolerances import row
 from torch_ref.train import in_order, validation_loss
 from torch_ref.train import whole_split_loss as torch_whole_split

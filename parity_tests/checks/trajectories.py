@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.parity.harness import Row, own_errors, ratio, rms, worst_tensor
 from jaxgpt.presets import PRESETS
 from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, precision_of, preset_case, preset_cases, small
 from parity_tests.checks.optimizer import without_epsilon
 from parity_tests.checks.packing import documents_case
-from parity_tests.engine.harness import Row, own_errors, ratio, rms, worst_tensor
 from parity_tests.tolerances import row
 
 STEPS = 100

@@ -11,6 +11,7 @@ import torch
 
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.model import loss
+from jaxgpt.parity.harness import Row, max_abs, own_errors, rms, tensor_ratios, worst_tensor
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from parity_tests.cases import (
     SIZES,
@@ -25,7 +26,6 @@ from parity_tests.cases import (
     torch_results,
 )
 from parity_tests.checks.packing import documents_case
-from parity_tests.engine.harness import Row, max_abs, own_errors, rms, tensor_ratios, worst_tensor
 from parity_tests.tolerances import error_row, ratio_row, row
 from torch_ref.train import whole_split_loss as torch_whole_split
 

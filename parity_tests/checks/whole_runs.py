@@ -17,10 +17,10 @@ from jaxgpt.data.sampler import BatchSampler
 from jaxgpt.data.token_cache import tokenize_corpus
 from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.objective import LanguageModelingObjective
+from jaxgpt.parity.harness import Row
 from jaxgpt.presets import PRESETS
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from parity_tests.cases import masks_of
-from parity_tests.engine.harness import Row
 from parity_tests.tolerances import row
 from torch_ref.model import GPT
 from torch_ref.train import train

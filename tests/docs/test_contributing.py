@@ -22,7 +22,7 @@ import jax
 from jaxgpt.cli.args import config_of, parse_train_flags
 from jaxgpt.data.corpora import load_corpus
 from parity_tests.checks import optimizer
-from parity_tests.engine.suite import run_check
+from jaxgpt.parity.suite import run_check
 from parity_tests.suite import SUITE, prepare_process
 
 assert load_corpus("verses", Path(sys.argv[1]), print).text.startswith("The wheel")

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import accelerator
 from benchmarks.accelerator import AIMS, NO_ACCELERATOR, PROBE, STAGES, Failed, NotMeasured, Stage
 from jaxgpt.analysis.targets import Target
-from parity_tests.engine.harness import Row
+from jaxgpt.parity.harness import Row
 
 GPU = {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "count": 1, "versions": {"jax": "1", "torch": "2"}}
 CPU = {"platform": "cpu", "device": "cpu", "count": 1, "versions": {"jax": "1"}}

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from parity_tests.engine.harness import Row
-from parity_tests.engine.tolerances import raised_row
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.tolerances import raised_row
 
 Check = Callable[[bool], Iterator[Row]]  # quick: the core alone -> rows
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from parity_tests.engine.harness import Row
-from parity_tests.engine.mutants import Mutant, caught, find, put, run, together, worst_row, wrap
-from parity_tests.engine.tolerances import RAISED
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.mutants import Mutant, caught, find, put, run, together, worst_row, wrap
+from jaxgpt.parity.tolerances import RAISED
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from parity_tests.engine.harness import Row
-from parity_tests.engine.tolerances import RAISED, raised_row
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.tolerances import RAISED, raised_row
 
 ENOUGH = 10.0  # times the tolerance
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from parity_tests.engine.tolerances import raised_row
+from jaxgpt.parity.tolerances import raised_row
 
 Compared = Iterator[tuple[str, float, float]]  # name, error, tolerance
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from parity_tests.engine.harness import (
+from jaxgpt.parity.harness import (
     Refused,
     Row,
     max_abs,

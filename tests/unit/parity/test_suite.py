@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from parity_tests.engine.harness import Row
-from parity_tests.engine.suite import Suite, in_processes, run_check
-from parity_tests.engine.tolerances import RAISED
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.suite import Suite, in_processes, run_check
+from jaxgpt.parity.tolerances import RAISED
 
 
 def check_good(quick):

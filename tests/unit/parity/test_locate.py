@@ -2,7 +2,7 @@
 
 import math
 
-from parity_tests.engine.locate import Departure, first_departure
+from jaxgpt.parity.locate import Departure, first_departure
 
 
 def walk(*stages):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from parity_tests.engine.harness import Refused
-from parity_tests.engine.tolerances import RAISED, Tolerance, Tolerances, raised_row
+from jaxgpt.parity.harness import Refused
+from jaxgpt.parity.tolerances import RAISED, Tolerance, Tolerances, raised_row
 
 TABLE = Tolerances(
     {("loss", "float64"): Tolerance(1e-13, 2e-15, "rounding"), ("R", "float32"): Tolerance(2, None, "R")}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from parity_tests.engine.harness import Row
-from parity_tests.engine.tolerances import RAISED, Tolerances
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.tolerances import RAISED, Tolerances
 
 COLUMNS = ("check", "precision", "worst case of", "error", "PyTorch's own", "R", "tolerance", "margin", "")
 MUTANT_COLUMNS = ("mutant", "caught by", "in the row", "signal", "signal of other probes")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from parity_tests.engine.harness import Refused, Row, ratio
+from jaxgpt.parity.harness import Refused, Row, ratio
 
 RAISED = "raised an error"  # the check of a row for a check that raised
 NOTHING_MAY_RAISE = 0.0

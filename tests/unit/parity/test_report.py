@@ -3,9 +3,9 @@
 import json
 import math
 
-from parity_tests.engine import report
-from parity_tests.engine.harness import Row
-from parity_tests.engine.tolerances import RAISED, Tolerance, Tolerances
+from jaxgpt.parity import report
+from jaxgpt.parity.harness import Row
+from jaxgpt.parity.tolerances import RAISED, Tolerance, Tolerances
 
 ROWS = [
     Row("loss", "float64", "small", 1e-13, 1e-15),
