@@ -1,0 +1,190 @@
+"""A pair: a PyTorch model and the JAX model that should compute the same."""
+
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.errors import UserError, first_line
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the engine must know of two models to hold one against the other. Nothing of either need know the engine.
+
+    Args:
+        torch_model: builds the `torch.nn.Module`, with random or loaded weights; called once for each precision.
+        torch_loss: (model, batch of tensors) -> the scalar loss.
+        jax_loss: (params, batch of arrays) -> the scalar loss. `params` is what `to_params` returns: an `nnx.Module`,
+            an Equinox module, Linen variables, or any pytree, in the dtype of the precision.
+        batch: draws a batch from a `numpy.random.Generator`: a dict of numpy arrays, the same for both sides.
+            Integers reach PyTorch as int64 and JAX as int32, floats in the dtype of the precision.
+        to_params: makes the JAX parameters of a PyTorch `state_dict` of numpy arrays.
+        jax_params: where `to_params` is not given: builds JAX parameters of any values. The engine derives the
+            converter from their names and shapes, and prints it.
+        torch_logits, jax_logits: (model, batch) and (params, batch) -> the model's output, for the level "forward".
+        torch_optimizer: builds the optimizer of a model, for the level "updates".
+        torch_schedule: builds the learning rate scheduler of that optimizer; it steps after each update.
+        optax_optimizer: the gradient transformation, or a function of the parameters that returns it. It includes the
+            clip and the schedule.
+        clip: the global norm that the PyTorch side clips gradients to; None: no clip.
+        n_updates: how many updates the level "updates" makes.
+        train: puts the PyTorch model into training mode, as batch norm needs; dropout must be off in the models.
+        name: the title of the report.
+    """
+
+    torch_model: Callable[[], Any]
+    torch_loss: Callable[[Any, Any], Any]
+    jax_loss: Callable[[Any, Any], Any]
+    batch: Callable[[np.random.Generator], Batch]
+    to_params: Callable[[dict[str, np.ndarray]], Any] | None = None
+    jax_params: Callable[[], Any] | None = None
+    torch_logits: Callable[[Any, Any], Any] | None = None
+    jax_logits: Callable[[Any, Any], Any] | None = None
+    torch_optimizer: Callable[[Any], Any] | None = None
+    torch_schedule: Callable[[Any], Any] | None = None
+    optax_optimizer: Any = None
+    clip: float | None = None
+    n_updates: int = 10
+    train: bool = False
+    name: str = ""
+
+    def __post_init__(self):
+        for name in ("torch_model", "torch_loss", "jax_loss", "batch"):
+            if not callable(getattr(self, name)):
+                raise UserError(f"Pair {name}: is no function; give a function, or a lambda")
+        optional = ("to_params", "jax_params", "torch_logits", "jax_logits", "torch_optimizer", "torch_schedule")
+        for name in optional:
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise UserError(f"Pair {name}: is no function; give a function, or leave it out")
+        if (self.to_params is None) == (self.jax_params is None):
+            remedy = "give to_params, or jax_params to have the converter derived"
+            raise UserError(f"Pair to_params, jax_params: exactly one of the two is needed; {remedy}")
+        if (self.torch_logits is None) != (self.jax_logits is None):
+            raise UserError("Pair torch_logits, jax_logits: one is given without the other; give both, or neither")
+        if (self.torch_optimizer is None) != (self.optax_optimizer is None):
+            raise UserError("Pair torch_optimizer, optax_optimizer: one is given without the other; give both, or neither")
+        if self.torch_optimizer is None and (self.torch_schedule is not None or self.clip is not None):
+            raise UserError("Pair torch_schedule, clip: have an effect with torch_optimizer only; give it, or leave them out")
+        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
+            raise UserError(f"Pair clip {self.clip}: give a norm above 0, or None")
+        if not isinstance(self.n_updates, int) or not 1 <= self.n_updates <= 10_000:
+            raise UserError(f"Pair n_updates {self.n_updates}: give a whole number from 1 to 10000")
+
+
+class PairError(UserError):
+    """A function of the pair raised, or gave what cannot be compared."""
+
+
+def call(pair: Pair, name: str, *args: Any) -> Any:
+    """Calls one of the pair's functions. Raises `PairError` with the place in the user's file if it raises."""
+    function = getattr(pair, name)
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as e:
+        raise raised(name, e, function) from e
+
+
+def raised(name: str, error: Exception, function: Any = None) -> PairError:
+    """The error of a function of the pair that raised: its kind, its message and its line."""
+    what = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+    return PairError(f"Pair {name}: raises {what}{_place(error, function)}; mend it there")
+
+
+def _place(error: Exception, function: Any) -> str:
+    """ " (FILE:LINE)": the last frame of the traceback in the pair's own file, or else in no installed package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own_file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    own = [f for f in frames if f.filename == own_file] or [f for f in frames if is_users(f.filename)]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
+def is_users(filename: str) -> bool:
+    """Whether a source file is the user's: of no installed package, not Python's, and not of this engine."""
+    here = str(Path(__file__).parent)
+    parts = Path(filename).parts
+    return not (
+        filename.startswith(("<", here, sys.base_prefix + "/lib"))
+        or "site-packages" in parts
+        or "dist-packages" in parts
+    )
+
+
+def draw_batches(pair: Pair, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """The first batches of a seed, as numpy arrays. Raises `PairError` for what is no dict of arrays."""
+    rng = np.random.default_rng(seed)
+    batches = []
+    for _ in range(count):
+        batch = call(pair, "batch", rng)
+        if not isinstance(batch, Mapping) or not batch:
+            raise PairError(f"Pair batch: gives {type(batch).__name__}; return a dict of numpy arrays")
+        batch = {name: np.asarray(value) for name, value in batch.items()}
+        for name, array in batch.items():
+            if array.dtype.kind not in "biuf":
+                raise PairError(f"Pair batch: {name!r} has dtype {array.dtype}; give numbers or booleans")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise PairError(f"Pair batch: {name!r} holds a value that is not finite; give finite numbers")
+        batches.append(batch)
+    return batches
+
+
+def load_pair(argument: str) -> Pair:
+    """The pair of `FILE` or `FILE:NAME`, whose folder is importable as that of a script is.
+
+    Raises:
+        UserError: no such file, a file that raises, no pair in it, or several and none named.
+    """
+    file, _, wanted = argument.rpartition(":") if not Path(argument).exists() else (argument, "", "")
+    file = file or argument
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--pair {file}: no such file; give a Python file that defines a jaxgpt.parity.Pair")
+    name = f"_pair_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--pair {file}: is no Python file; give one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except UserError as e:
+        raise UserError(f"--pair {file}: {e}") from None
+    except ModuleNotFoundError as e:
+        raise UserError(f"--pair {file}: imports {e.name}, which is not installed; install it") from None
+    except (Exception, SystemExit) as e:
+        where = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        line = e.lineno if isinstance(e, SyntaxError) else where[-1] if where else None
+        at = f" in line {line}" if line else ""
+        raise UserError(f"--pair {file}: raises {type(e).__name__}: {first_line(e)}{at}; mend it there") from None
+    finally:
+        sys.path.pop(0)
+    pairs = {key: value for key, value in vars(module).items() if isinstance(value, Pair)}
+    if wanted:
+        if wanted not in pairs:
+            found = ", ".join(pairs) or "none"
+            raise UserError(f"--pair {argument}: no Pair named {wanted}; the file has {found}")
+        return _named(pairs[wanted], path.stem)
+    if "pair" in pairs:
+        return _named(pairs["pair"], path.stem)
+    if len(pairs) != 1:
+        remedy = f"name one, {file}:{next(iter(pairs))}" if pairs else "define one, pair = Pair(...)"
+        raise UserError(f"--pair {file}: has {len(pairs)} pairs; {remedy}")
+    return _named(next(iter(pairs.values())), path.stem)
+
+
+def _named(pair: Pair, name: str) -> Pair:
+    import dataclasses
+
+    return pair if pair.name else dataclasses.replace(pair, name=name)

@@ -1,0 +1,442 @@
+"""The PyTorch side of a pair: its model in each precision, its results, its updates, and a record of its operations."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from jaxgpt.parity.derive import TorchTensor
+from jaxgpt.parity.graph import Value
+from jaxgpt.parity.pair import Pair, PairError, call
+
+SEED = 0
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+UNCOUNTED = {"__get__", "__set__", "__delete__", "size", "dim", "numel", "__len__", "is_floating_point", "stride"}
+
+
+def prepare_torch(on: bool = True) -> None:
+    """Sets PyTorch up as XLA computes on a CPU: it flushes denormal numbers to 0, in this thread and for numpy too."""
+    torch.set_flush_denormal(on)
+    torch.set_float32_matmul_precision("highest")
+
+
+# ---------------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a PyTorch function, as recorded.
+
+    Attributes:
+        name: the function's name: "linear", "softmax".
+        module: the path of the innermost module that calls it; "" of the model itself.
+        args, kwargs: as they were passed.
+        inputs: the operations whose outputs it takes.
+        parameters: names of the parameters and buffers that it takes.
+        output: what it returned.
+    """
+
+    index: int
+    name: str
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    parameters: tuple[str, ...]
+    output: Any
+    arrays: tuple[np.ndarray, ...]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: the operations from `first` up to and without `end`, and the operation of its input."""
+
+    name: str
+    kind: str
+    first: int
+    end: int
+    input: int | None
+
+
+@dataclass
+class Call:
+    """A call that an edit takes the place of."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mode: "OperationMode"
+
+    def original(self) -> Any:
+        """What the function itself returns."""
+        return self.function(*self.args, **self.kwargs)
+
+    def output_of(self, index: int) -> Any:
+        """The output of an earlier operation of this run."""
+        return self.mode.outputs[index]
+
+
+Edit = Callable[[Call], Any]
+
+
+class OperationMode(TorchFunctionMode):
+    """Counts the calls of PyTorch's functions, and lifts, edits or records them.
+
+    Args:
+        names: the names of parameters and buffers by `id`.
+        lift: casts to float32 become casts to float64: models cast on purpose, for a softmax or a norm.
+        edits: by the operation's index what is called in its place.
+        recording: keeps the operations, with copies of their outputs.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str] | None = None,
+        lift: bool = False,
+        edits: Mapping[int, Edit] | None = None,
+        recording: bool = False,
+    ):
+        super().__init__()
+        self.names, self.lift, self.edits, self.recording = names or {}, lift, edits or {}, recording
+        self.outputs: list[Any] = []
+        self.operations: list[Operation] = []
+        self.calls: list[ModuleCall] = []
+        self.stack: list[str] = []
+        self.source: dict[int, int] = {}  # by a tensor's id: the operation that gave it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name in UNCOUNTED:
+            return func(*args, **kwargs)
+        if self.lift:
+            if name == "float":
+                func, args = torch.Tensor.double, args[:1]
+            args, kwargs = _lifted(args), _lifted(kwargs)
+        index = len(self.outputs)
+        self.outputs.append(None)
+        edit = self.edits.get(index)
+        out = edit(Call(func, args, kwargs, self)) if edit else func(*args, **kwargs)
+        self.outputs[index] = out
+        if self.recording:
+            self.record(index, name, args, kwargs, out)
+        return out
+
+    def record(self, index: int, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        taken = [t for t in _tensors((args, kwargs))]
+        inputs = tuple(dict.fromkeys(self.source[id(t)] for t in taken if id(t) in self.source))
+        parameters = tuple(dict.fromkeys(self.names[id(t)] for t in taken if id(t) in self.names))
+        trained = any(self.operations[i].trained for i in inputs) or any(
+            isinstance(t, torch.nn.Parameter) for t in taken
+        )
+        given = list(_tensors(out))
+        for tensor in given:
+            if id(tensor) not in self.names:
+                self.source[id(tensor)] = index
+        arrays = tuple(t.detach().to(torch.float64).numpy().copy() for t in given if t.is_floating_point())
+        module = self.stack[-1] if self.stack else ""
+        self.operations.append(
+            Operation(index, name, module, args, kwargs, inputs, parameters, out, arrays, trained)
+        )
+
+    @contextmanager
+    def of(self, model: torch.nn.Module) -> Iterator["OperationMode"]:
+        """The mode entered, and the model's calls of its modules followed."""
+        names = {id(module): name for name, module in model.named_modules()}
+        begun: list[tuple[int, int | None]] = []
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            self.stack.append(names.get(id(module), ""))
+            sources = [self.source[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.source]
+            begun.append((len(self.outputs), sources[0] if sources else None))
+
+        def after(module: Any, args: Any, out: Any) -> None:
+            name = self.stack.pop()
+            first, source = begun.pop()
+            self.calls.append(ModuleCall(name, type(module).__name__, first, len(self.outputs), source))
+
+        handles = []
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
+        try:
+            with self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def values(self) -> list[Value]:
+        """The record as values to match with the other side's."""
+        values: list[Value] = []
+        last: dict[int, tuple[int, ...]] = {}
+        for op in self.operations:
+            inputs = tuple(v for i in op.inputs for v in last.get(i, ()))
+            indices = []
+            for array in op.arrays or (None,):
+                indices.append(len(values))
+                values.append(Value(len(values), op.name, op.module, inputs, op.parameters, array, op.trained))
+            last[op.index] = tuple(indices)
+        return values
+
+    def operation_of_value(self, index: int) -> Operation:
+        """The operation that gave a value of `values`."""
+        for op in self.operations:
+            index -= max(1, len(op.arrays))
+            if index < 0:
+                return op
+        raise IndexError(index)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _lifted(tree: Any) -> Any:
+    if tree is torch.float32:
+        return torch.float64
+    if type(tree) is dict:
+        return {key: _lifted(value) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_lifted(value) for value in tree)
+    return tree
+
+
+# ------------------------------------------------------------------------------------------------------- the side
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one batch gives: the model's output (None if the pair has no function for it), loss, gradients by name."""
+
+    logits: np.ndarray | None
+    loss: float
+    grads: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The losses of the updates, the parameters after each, and the buffers after the last."""
+
+    losses: list[float]
+    params: list[dict[str, np.ndarray]]
+    buffers: dict[str, np.ndarray]
+
+
+class TorchSide:
+    """The PyTorch model of a pair.
+
+    A tensor that is constant, such as biases of 0 and norms of 1, would hide what is done with it. So the engine moves
+    each away from its constant, by a tenth, with seed 0; `moved` names them.
+
+    Attributes:
+        state: the weights and buffers that all precisions and both sides start from, float32 values in float64.
+    """
+
+    def __init__(self, pair: Pair):
+        self.pair = pair
+        model = self._built(torch.float32)
+        self.parameters = [name for name, p in model.named_parameters() if p.requires_grad]
+        first: dict[int, str] = {}
+        self.ties: dict[str, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) in first:
+                self.ties[name] = first[id(tensor)]
+            first.setdefault(id(tensor), name)
+        self.state: dict[str, np.ndarray] = {}
+        self.moved: list[str] = []
+        rng = np.random.default_rng(SEED)
+        for name, tensor in model.state_dict().items():
+            if name in self.ties:
+                self.state[name] = self.state[self.ties[name]]
+                continue
+            array = tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+            if tensor.is_floating_point():
+                if not np.isfinite(array).all():
+                    raise PairError(f"Pair torch_model: {name} holds a value that is not finite; give finite weights")
+                if array.size > 1 and (array == array.flat[0]).all():
+                    array = array + np.float32(0.1) * self._noise(rng, array)
+                    self.moved.append(name)
+                array = array.astype(np.float64)
+            self.state[name] = array
+        self.tensors = self._describe(model)
+        self._models: dict[str, torch.nn.Module] = {}
+
+    @staticmethod
+    def _noise(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
+        noise = rng.standard_normal(array.shape, np.float32)
+        return np.abs(noise) if array.flat[0] > 0 else noise  # a variance stays above 0
+
+    def _built(self, dtype: torch.dtype) -> torch.nn.Module:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(SEED)
+            with OperationMode(lift=dtype == torch.float64):
+                model = call(self.pair, "torch_model")
+        finally:
+            torch.set_default_dtype(before)
+        if not isinstance(model, torch.nn.Module):
+            raise PairError(f"Pair torch_model: gives {type(model).__name__}; return a torch.nn.Module")
+        model = copy.deepcopy(model).cpu()
+        return model.train(self.pair.train)
+
+    def _describe(self, model: torch.nn.Module) -> list[TorchTensor]:
+        parameters = set(self.parameters)
+        found = []
+        for name, array in self.state.items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            is_parameter = self.ties.get(name, name) in parameters
+            found.append(TorchTensor(name, array.shape, type(owner).__name__, is_parameter, self.ties.get(name)))
+        return found
+
+    def model(self, precision: str) -> torch.nn.Module:
+        """A model of the precision that holds the weights of `state`."""
+        dtype = DTYPES[precision]
+        if precision not in self._models:
+            model = self._built(torch.float64 if precision == "float64" else torch.float32)
+            if precision == "bfloat16":
+                for parameter in model.parameters():  # tables that the model computes keep their digits
+                    parameter.data = parameter.data.to(dtype)
+            else:
+                model.to(dtype)
+            self._models[precision] = model
+        model = self._models[precision]
+        own = model.state_dict()
+        model.load_state_dict({name: torch.tensor(a).to(own[name].dtype) for name, a in self.state.items()})
+        model.zero_grad(set_to_none=True)
+        return model
+
+    def batch(self, batch: Mapping[str, np.ndarray], precision: str) -> dict[str, torch.Tensor]:
+        """The batch as tensors."""
+        dtypes = {"f": DTYPES[precision], "i": torch.int64, "u": torch.int64, "b": torch.bool}
+        return {name: torch.from_numpy(np.array(a)).to(dtypes[a.dtype.kind]) for name, a in batch.items()}
+
+    def mode(
+        self, model: torch.nn.Module, precision: str, edits: Mapping[int, Edit] | None = None, recording: bool = False
+    ) -> OperationMode:
+        names = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+        return OperationMode(names, precision == "float64", edits, recording)
+
+    def results(
+        self,
+        batch: Mapping[str, np.ndarray],
+        precision: str,
+        edits: Mapping[int, Edit] | None = None,
+        logits: bool = True,
+        grads: bool = True,
+    ) -> Results:
+        """The model's output, loss and gradients of one batch.
+
+        Args:
+            edits: of the operations of the loss; those of `torch_logits` come first in the same forward pass of
+                most models, so they meet the same edits.
+        """
+        model, tensors = self.model(precision), self.batch(batch, precision)
+        output = None
+        if logits and self.pair.torch_logits:
+            with torch.no_grad(), self.mode(model, precision, edits):
+                output = _array(call(self.pair, "torch_logits", model, tensors), "torch_logits")
+            if self.pair.train:
+                model = self.model(precision)  # a forward pass in training mode changes the buffers
+        with torch.set_grad_enabled(grads), self.mode(model, precision, edits):
+            loss = self.loss(model, tensors)
+        found = {}
+        if grads:
+            loss.backward()
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    found[name] = (torch.zeros_like(p) if p.grad is None else p.grad).numpy().copy()
+        return Results(output, float(loss.detach()), found)
+
+    def loss(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = call(self.pair, "torch_loss", model, tensors)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise PairError(f"Pair torch_loss: gives {what}, no scalar; return the mean or the sum")
+        return loss.reshape(())
+
+    def recorded(self, batch: Mapping[str, np.ndarray], edits: Mapping[int, Edit] | None = None) -> OperationMode:
+        """The operations of the loss of one batch, in float64."""
+        model, tensors = self.model("float64"), self.batch(batch, "float64")
+        mode = self.mode(model, "float64", edits, recording=True)
+        with torch.no_grad(), mode.of(model):
+            self.loss(model, tensors)
+        return mode
+
+    def train(
+        self,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        precision: str,
+        make_update: "Callable[[Update], None] | None" = None,
+        edits: Mapping[int, Edit] | None = None,
+    ) -> Trajectory:
+        """As many updates as there are batches.
+
+        Args:
+            make_update: makes an update in place of the pair's optimizer.
+        """
+        model = self.model(precision)
+        optimizer = call(self.pair, "torch_optimizer", model)
+        schedule = call(self.pair, "torch_schedule", optimizer) if self.pair.torch_schedule else None
+        losses, params, memory = [], [], {}
+        for step, batch in enumerate(batches):
+            optimizer.zero_grad(set_to_none=True)
+            with self.mode(model, precision, edits):
+                loss = self.loss(model, self.batch(batch, precision))
+            loss.backward()
+            losses.append(float(loss.detach()))
+            update = Update(self.pair, model, optimizer, schedule, step, memory)
+            (make_update or Update.make)(update)
+            params.append({n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad})
+        buffers = {n: b.numpy().copy() for n, b in model.named_buffers() if n in self.state and b.is_floating_point()}
+        return Trajectory(losses, params, buffers)
+
+
+@dataclass
+class Update:
+    """One update of the PyTorch side: the gradients are there, the weights are still those before it."""
+
+    pair: Pair
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    step: int
+    memory: dict[Any, Any]
+
+    def make(self) -> None:
+        """The clip, the optimizer's step, the scheduler's."""
+        if self.pair.clip is not None:
+            self.clip(self.pair.clip)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def clip(self, norm: float) -> None:
+        """Scales all gradients by min(1, norm / global norm), as optax does.
+
+        `clip_grad_norm_` divides by the global norm + 1e-6: the two differ by that relative 1e-6 / norm.
+        """
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        total = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros((), dtype=grads[0].dtype)))
+        for grad in grads:
+            grad.mul_(torch.clamp(norm / total, max=1.0))
+
+
+def _array(output: Any, name: str) -> np.ndarray:
+    if not isinstance(output, torch.Tensor):
+        raise PairError(f"Pair {name}: gives {type(output).__name__}; return one tensor")
+    return output.detach().to(torch.float64).numpy() if output.dtype == torch.bfloat16 else output.detach().numpy()
