@@ -15,6 +15,11 @@ from jaxgpt.parity.graph import Value
 from jaxgpt.parity.pair import Pair, PairError, call
 
 SEED = 0
+# Operations that pass their input on: another view, another type.
+PASSING = {
+    "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "to",
+    "double", "float", "dropout", "dropout_", "clone", "chunk", "split", "__getitem__", "movedim", "unbind", "expand",
+}  # fmt: skip
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 UNCOUNTED = {"__get__", "__set__", "__delete__", "size", "dim", "numel", "__len__", "is_floating_point", "stride"}
 
@@ -89,7 +94,7 @@ class OperationMode(TorchFunctionMode):
     """Counts the calls of PyTorch's functions, and lifts, edits or records them.
 
     Args:
-        names: the names of parameters and buffers by `id`.
+        tensors: the model's parameters and buffers by name.
         lift: casts to float32 become casts to float64: models cast on purpose, for a softmax or a norm.
         edits: by the operation's index what is called in its place.
         recording: keeps the operations, with copies of their outputs.
@@ -97,13 +102,14 @@ class OperationMode(TorchFunctionMode):
 
     def __init__(
         self,
-        names: Mapping[int, str] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
         lift: bool = False,
         edits: Mapping[int, Edit] | None = None,
         recording: bool = False,
     ):
         super().__init__()
-        self.names, self.lift, self.edits, self.recording = names or {}, lift, edits or {}, recording
+        self.tensors, self.lift, self.edits, self.recording = tensors or {}, lift, edits or {}, recording
+        self.names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.outputs: list[Any] = []
         self.operations: list[Operation] = []
         self.calls: list[ModuleCall] = []
@@ -184,6 +190,64 @@ class OperationMode(TorchFunctionMode):
                 values.append(Value(len(values), op.name, op.module, inputs, op.parameters, array, op.trained))
             last[op.index] = tuple(indices)
         return values
+
+    # What the record says of an operation's neighbours.
+
+    def source_of(self, tensor: Any) -> int | None:
+        """The operation that gave a tensor of this record; None for a parameter or what came from outside."""
+        return self.source.get(id(tensor))
+
+    def skip_back(self, index: int) -> int:
+        """The operation itself, or the one before it where it only passes its input on: dropout, a cast."""
+        while self.operations[index].name in PASSING and self.operations[index].inputs:
+            index = self.operations[index].inputs[0]
+        return index
+
+    def call_around(self, index: int) -> ModuleCall | None:
+        """The innermost call of a module that an operation is part of."""
+        around = [call for call in self.calls if call.first <= index < call.end]
+        return min(around, key=lambda call: call.end - call.first, default=None)
+
+    def projection_before(self, tensor: Any) -> int | None:
+        """The projection that a query, key or value comes from, through views, norms and rotations."""
+        index = self.source_of(tensor)
+        while index is not None and self.operations[index].name not in ("linear", "addmm"):
+            trained = [i for i in self.operations[index].inputs if self.operations[i].trained]
+            index = trained[0] if trained else None
+        return index
+
+    def projection_after(self, op: Operation) -> int | None:
+        """The projection that an attention's output goes into."""
+        reached = {op.index}
+        for later in self.operations[op.index + 1 :]:
+            if reached & set(later.inputs):
+                if later.name in ("linear", "addmm"):
+                    return later.index
+                if later.name not in PASSING:
+                    return None
+                reached.add(later.index)
+        return None
+
+    def uses(self, op: Operation, name: str) -> bool:
+        return name in op.parameters
+
+    def time_of(self, logits: torch.Tensor) -> int | None:
+        """T of the [B, T, V] that flattened logits [B * T, V] come from."""
+        index = self.source_of(logits)
+        while index is not None:
+            output = self.operations[index].output
+            if isinstance(output, torch.Tensor) and output.ndim == 3:
+                return output.shape[1]
+            if self.operations[index].name not in PASSING:
+                return None
+            index = next(iter(self.operations[index].inputs), None)
+        return None
+
+    def integers(self, n_rows: int, n_time: int) -> list[torch.Tensor]:
+        """The integer tensors [n_rows, n_time] that the model was given."""
+        given = [t for op in self.operations for t in _tensors((op.args, op.kwargs)) if id(t) not in self.source]
+        whole = [t for t in given if tuple(t.shape) == (n_rows, n_time) and t.dtype == torch.int64]
+        return list({id(t): t for t in whole}.values())
 
     def operation_of_value(self, index: int) -> Operation:
         """The operation that gave a value of `values`."""
@@ -328,8 +392,8 @@ class TorchSide:
     def mode(
         self, model: torch.nn.Module, precision: str, edits: Mapping[int, Edit] | None = None, recording: bool = False
     ) -> OperationMode:
-        names = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
-        return OperationMode(names, precision == "float64", edits, recording)
+        tensors = dict([*model.named_buffers(), *model.named_parameters()])
+        return OperationMode(tensors, precision == "float64", edits, recording)
 
     def results(
         self,

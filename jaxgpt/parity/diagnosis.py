@@ -1,0 +1,316 @@
+"""Where a pair departs, and why: the first value that only one side computes, and the change that removes the difference."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.parity.changes import Change, all_changes, gradient_changes, running_statistics
+from jaxgpt.parity.graph import Value, first_departure, matches
+from jaxgpt.parity.harness import Row, rms
+from jaxgpt.parity.levels import Levels, relative, update_rows
+from jaxgpt.parity.optimizer_changes import OptimizerChange, estimated_factor, optimizer_changes
+from jaxgpt.parity.params import path_name
+from jaxgpt.parity.torch_side import Edit
+
+REMOVED = 1e-9  # a change explains a difference if what is left is rounding
+HELPS = 0.5  # of the difference must go before a change is named at all
+MOST = 5  # findings that are worth a reader's time
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first value that only one side computes.
+
+    Attributes:
+        layer: PyTorch's module; `operation`: its function.
+        jax: the place in the JAX program; "" where every value of it has its equal.
+        inputs_equal: whether the JAX side computes what goes into the operation.
+    """
+
+    layer: str
+    operation: str
+    jax: str
+    inputs_equal: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause that was tried.
+
+    Attributes:
+        layer: PyTorch's module or modules, or "optimizer".
+        jax: the arrays or the place of it on the JAX side.
+        error: that of the level without the change, `left`: with it.
+    """
+
+    level: str
+    cause: str
+    layer: str
+    detail: str
+    jax: str
+    error: float
+    left: float | None
+
+    @property
+    def explains(self) -> bool:
+        return self.left is not None and self.left <= REMOVED
+
+    def to_json(self) -> dict[str, Any]:
+        left = self.left if self.left is None or math.isfinite(self.left) else str(self.left)
+        return {
+            "level": self.level,
+            "layer": self.layer,
+            "jax": self.jax,
+            "cause": self.cause,
+            "detail": self.detail,
+            "error": self.error if math.isfinite(self.error) else str(self.error),
+            "error_with_cause_removed": left,
+        }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Where the pair departs, None if nothing does, and the causes, likeliest first."""
+
+    departure: Departure | None
+    findings: list[Finding]
+
+
+def diagnose(levels: Levels, rows: Sequence[Row]) -> Diagnosis:
+    """The diagnosis of rows of which some have failed, of the first level that departs."""
+    failed = [row for row in rows if row.status == "FAILED"]
+    found = _Diagnosis(levels)
+    findings = found.of_parameters(failed)
+    departure = None
+    checks = {row.check for row in failed if row.precision == "float64"}
+    if checks & {"forward", "loss"}:
+        departure = found.departure()
+        findings += found.of_forward(departure)
+    elif checks & {"gradients", "gradients that are 0"}:
+        findings += found.of_gradients()
+    elif any(check.startswith("updates") for check in checks):
+        findings += found.of_updates()
+    return Diagnosis(departure, findings)
+
+
+class _Diagnosis:
+    def __init__(self, levels: Levels):
+        self.levels, self.sides = levels, levels.sides
+        self.batch = self.sides.batches[0]
+        self.record = self.sides.torch.recorded(self.batch)
+
+    def ours(self) -> Any:
+        return self.levels.jax_results["float64"][0]
+
+    # ----------------------------------------------------------------------------------------------- where it departs
+
+    def departure(self) -> Departure | None:
+        theirs, ours = self.record.values(), self.sides.jax_values
+        equal = matches(theirs, ours)
+        value = first_departure(theirs, set(equal))
+        if value is None:
+            return None
+        known = {i for i in value.inputs if i in equal or not theirs[i].trained}
+        place = first_departure(ours, set(matches(ours, theirs)))
+        return Departure(value.where, value.operation, _where(place), len(known) == len(value.inputs))
+
+    def jax_names(self, change: Change) -> str:
+        """The JAX arrays that hold what the changed operations take."""
+        names = [n for at in change.edits for n in self.record.operations[at].parameters]
+        inside = [n for n in self.sides.mapping.shapes if n.startswith(tuple(f"{p}." for p in change.layer.split(", ")))]
+        paths = [path for n in dict.fromkeys(names or inside) for path in self.sides.mapping.paths(n)]
+        return ", ".join(path_name(path) for path in dict.fromkeys(paths[:4]))
+
+    # --------------------------------------------------------------------------------------------------- parameters
+
+    def of_parameters(self, failed: Sequence[Row]) -> list[Finding]:
+        findings = []
+        mapping, ties = self.sides.mapping, set(self.sides.torch.ties.values())
+        for row in failed:
+            if row.check == "parameters, mapped twice":
+                for name, count in mapping.times_held().items():
+                    if (count > 1).any() and name in self.sides.torch.parameters:
+                        cause = "tie cut" if name in ties else "mapped twice"
+                        jax = ", ".join(map(path_name, mapping.paths(name)))
+                        detail = "separate arrays, which receive an update each"
+                        left = self.without_the_tie(name) if cause == "tie cut" else None
+                        findings.append(Finding("parameters", cause, name, detail, jax, row.value, left))
+            elif row.check == "parameters, unmapped":
+                for name in row.note.removeprefix("unmapped: ").split(", "):
+                    findings.append(Finding("parameters", "unmapped", name, "no JAX array holds it", "", row.value, None))
+            elif row.check == "parameters, of another origin":
+                findings.append(Finding("parameters", "of another origin", "", row.note, "", row.value, None))
+        return findings
+
+    def without_the_tie(self, name: str) -> float:
+        """How far the gradients of the separate arrays, summed, are from the tied tensor's: 0 if the tie is all."""
+        return relative(self.ours().grads[name], self.sides.truth.grads[name])
+
+    # ------------------------------------------------------------------------------------------------ forward, loss
+
+    def of_forward(self, departure: Departure | None) -> list[Finding]:
+        """Each change tried on the loss, and those that remove the difference on the gradients, too."""
+        loss, before = self.ours().loss, self.sides.truth.loss
+        error = _difference(before, loss)
+        changes = all_changes(self.record)
+        tried = []
+        for change in changes:
+            left = self.loss_error(change.edits)
+            tried.append((left, change))
+        explained = [change for left, change in tried if left <= REMOVED]
+        findings = []
+        for change in explained:
+            left = max(self.loss_error(change.edits), self.gradient_error(change.edits))
+            findings.append((self.rank(change, departure), left, change))
+        findings.sort(key=lambda item: (item[1] > REMOVED, item[0]))
+        results = [
+            Finding("forward", c.cause, c.layer, c.detail, self.jax_names(c), error, left) for _, left, c in findings[:MOST]
+        ]
+        if results and results[0].explains:
+            return results
+        return results + self.of_two(tried, error, departure)
+
+    def rank(self, change: Change, departure: Departure | None) -> tuple[bool, int]:
+        """Changes of the layer that departs come first, then those that change the least."""
+        elsewhere = departure is not None and departure.layer not in change.layer.split(", ")
+        return elsewhere, len(change.edits)
+
+    def of_two(self, tried: list[tuple[float, Change]], error: float, departure: Departure | None) -> list[Finding]:
+        """Two faults at once: the pairs of changes, of which one is in the layer that departs first."""
+        if departure is None:
+            return []
+        first = [change for _, change in tried if self.moves_on(change, departure)]
+        results = []
+        for one in first[:12]:
+            for _, other in tried:
+                if set(other.edits) & set(one.edits):
+                    continue
+                left = self.loss_error({**one.edits, **other.edits})
+                if left <= REMOVED:
+                    for change in (one, other):
+                        detail = f"{change.detail}, together with the other"
+                        names = self.jax_names(change)
+                        results.append(Finding("forward", change.cause, change.layer, detail, names, error, left))
+                    return results
+        for change in first[:1]:
+            left = self.loss_error(change.edits)
+            names = self.jax_names(change)
+            detail = f"{change.detail}; it moves the departure on, something else is left"
+            results.append(Finding("forward", change.cause, change.layer, detail, names, error, left))
+        return results or [Finding("forward", "unknown", departure.layer, "no change that was tried", departure.jax, error, None)]
+
+    def moves_on(self, change: Change, departure: Departure) -> bool:
+        """Whether the first departure comes later with a change, or is gone."""
+        if departure.layer not in change.layer.split(", ") and not _inside(departure.layer, change.layer):
+            return False
+        try:
+            values = self.sides.torch.recorded(self.batch, change.edits).values()
+        except Exception:
+            return False
+        ours = self.sides.jax_values
+        now = first_departure(values, set(matches(values, ours)))
+        before = self.record.values()
+        was = first_departure(before, set(matches(before, ours)))
+        return was is not None and (now is None or now.index > was.index)
+
+    def loss_error(self, edits: Mapping[int, Edit]) -> float:
+        try:
+            result = self.sides.torch.results(self.batch, "float64", edits, logits=False, grads=False)
+        except Exception:  # a change may not fit: another shape, for one
+            return math.inf
+        return _difference(result.loss, self.ours().loss)
+
+    def gradient_error(self, edits: Mapping[int, Edit]) -> float:
+        """The largest relative error of a gradient, with a change."""
+        try:
+            grads = self.sides.torch.results(self.batch, "float64", edits, logits=False).grads
+        except Exception:
+            return math.inf
+        return _gradient_difference(self.ours().grads, grads, self.levels.compared[0])
+
+    # --------------------------------------------------------------------------------------------------- gradients
+
+    def of_gradients(self) -> list[Finding]:
+        """Gradients stopped or scaled at each operation."""
+        ours, truth = self.ours().grads, self.sides.truth.grads
+        names = self.levels.compared[0]
+        error = _gradient_difference(ours, truth, names)
+        factors = []
+        for name in names:
+            factor = float(np.sum(ours[name] * truth[name]) / np.sum(truth[name] ** 2))
+            if abs(factor - 1) > 1e-6 and rms(ours[name] - factor * truth[name]) <= 1e-9 * rms(truth[name]):
+                factors.append(float(f"{factor:.8g}"))
+        factors = [f for f in dict.fromkeys([*factors, 2.0, 0.5]) if f][:4]
+        tried = []
+        for change in gradient_changes(self.record, factors):
+            left = self.gradient_error(change.edits)
+            if left <= REMOVED:
+                tried.append((len(change.edits), left, change))
+        tried.sort(key=lambda item: item[0])
+        found = [Finding("gradients", c.cause, c.layer, c.detail, self.jax_names(c), error, left) for _, left, c in tried]
+        if found:
+            return found[:MOST]
+        worst = max(names, key=lambda name: relative(ours[name], truth[name]))
+        jax = ", ".join(map(path_name, self.sides.mapping.paths(worst)))
+        return [Finding("gradients", "unknown", worst.rpartition(".")[0], "no change that was tried", jax, error, None)]
+
+    # ----------------------------------------------------------------------------------------------------- updates
+
+    def of_updates(self) -> list[Finding]:
+        """Another optimizer, schedule or clip; other running statistics."""
+        ours, truth = self.levels.jax_trained["float64"], self.levels.torch_trained["float64"]
+        batches = self.sides.batches[: self.sides.pair.n_updates]
+        names, state = self.levels.updated, self.sides.torch.state
+        buffers = [n for n in truth.buffers if self.sides.mapping.paths(n)]
+
+        def left_of(trajectory: Any) -> float:
+            values = [row.value for row in update_rows("", ours, trajectory, state, names)]
+            values += [relative(ours.buffers[n], trajectory.buffers[n]) for n in buffers if self.sides.jax.structure.is_nnx]
+            return max(values)
+
+        error = left_of(truth)
+        first = {name: truth.params[0][name] for name in names}
+        factor = estimated_factor(ours.params[0], first, {name: state[name] for name in names})
+        factors = [] if factor is None else [factor, float(f"{factor:.3g}")]
+        tried: list[tuple[float, OptimizerChange | Change]] = []
+        for change in optimizer_changes(self.sides.torch, factors):
+            tried.append((left_of(self.sides.torch.train(batches, "float64", change.make_update)), change))
+        edits = list(running_statistics(self.record))
+        from jaxgpt.parity.changes import grouped
+
+        for change in [*edits, *grouped(edits)]:
+            tried.append((left_of(self.sides.torch.train(batches, "float64", edits=change.edits)), change))
+        tried = [(left if math.isfinite(left) else math.inf, change) for left, change in tried]
+        tried.sort(key=lambda item: (item[0] > 1e-7, item[0] if item[0] > 1e-7 else 0))
+        good = [(left, change) for left, change in tried if left <= 1e-7] or [
+            (left, change) for left, change in tried[:2] if left <= HELPS * error
+        ]
+        found = [Finding("updates", c.cause, c.layer, c.detail, "optax_optimizer", error, left) for left, c in good[:MOST]]
+        return found or [Finding("updates", "unknown", "optimizer", "no change that was tried", "", error, None)]
+
+
+def _where(value: Value | None) -> str:
+    return "" if value is None else f"{value.where} {value.operation}".strip()
+
+
+def _inside(layer: str, other: str) -> bool:
+    return any(layer.startswith(f"{part}.") or part.startswith(f"{layer}.") for part in other.split(", "))
+
+
+def _difference(loss: float, other: float) -> float:
+    return abs(loss - other) / max(abs(other), 1e-30) if math.isfinite(loss) else math.inf
+
+
+def _gradient_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Iterable[str]) -> float:
+    """The largest relative L2 error over tensors; one that is 0 on one side counts by the largest gradient."""
+    largest = max(rms(theirs[name]) for name in theirs) or 1.0
+    errors = [rms(ours[n] - theirs[n]) / max(rms(theirs[n]), 1e-8 * largest) for n in names]
+    return max(errors, default=0.0)
+
+
+__all__: Sequence[str] = ("Departure", "Diagnosis", "Finding", "diagnose")
+_ = (itertools, Callable)
