@@ -123,21 +123,27 @@ def to_params(state_dict):
     """The pytree of a Hugging Face state dict: kernels [in, out], those of attention with an axis for the heads."""
     n_embd, head_size = config.hidden_size, config.head_dim
 
-    def layer(prefix):
-        w = {name: state_dict[f"{prefix}.{name}.weight"] for name in names}
-        q, k, v = (w[f"self_attn.{x}_proj"].T.reshape(n_embd, -1, head_size) for x in "qkv")
-        o = w["self_attn.o_proj"].T.reshape(-1, head_size, n_embd)
-        gate, up, down = (w[f"mlp.{x}_proj"].T for x in ("gate", "up", "down"))
-        norm1, norm2 = w["input_layernorm"], w["post_attention_layernorm"]
-        return dict(norm1=norm1, q=q, k=k, v=v, o=o, norm2=norm2, gate=gate, up=up, down=down)
+    def kernel(name):
+        return state_dict[f"{name}.weight"].T
 
-    names = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    names += ["input_layernorm", "post_attention_layernorm"]
+    def layer(prefix):
+        return {
+            "norm1": state_dict[f"{prefix}.input_layernorm.weight"],
+            "q": kernel(f"{prefix}.self_attn.q_proj").reshape(n_embd, -1, head_size),
+            "k": kernel(f"{prefix}.self_attn.k_proj").reshape(n_embd, -1, head_size),
+            "v": kernel(f"{prefix}.self_attn.v_proj").reshape(n_embd, -1, head_size),
+            "o": kernel(f"{prefix}.self_attn.o_proj").reshape(-1, head_size, n_embd),
+            "norm2": state_dict[f"{prefix}.post_attention_layernorm.weight"],
+            "gate": kernel(f"{prefix}.mlp.gate_proj"),
+            "up": kernel(f"{prefix}.mlp.up_proj"),
+            "down": kernel(f"{prefix}.mlp.down_proj"),
+        }
+
     return {
         "embed": state_dict["model.embed_tokens.weight"],
         "layers": [layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)],
         "norm": state_dict["model.norm.weight"],
-        "head": state_dict["lm_head.weight"].T,
+        "head": kernel("lm_head"),
     }
 
 
