@@ -117,13 +117,16 @@ class Bert(nnx.Module):
         position_T = jnp.arange(input_ids_BT.shape[1])
         return self.tokens(input_ids_BT) + self.token_types(token_type_ids_BT) + self.positions(position_T)
 
+    def head(self, x_BTC):
+        """The head is tied: its kernel is the transpose of the token embedding."""
+        return self.tokens.attend(x_BTC) + self.head_bias[...]
+
     def __call__(self, input_ids_BT, token_type_ids_BT, attention_mask_BT):
-        """Logits [B, T, V]; the head is the transpose of the token embedding."""
+        """Logits [B, T, V]."""
         x_BTC = self.norm(self.embedded(input_ids_BT, token_type_ids_BT))
         for block in self.blocks:
             x_BTC = block(x_BTC, padding_mask(attention_mask_BT))
-        x_BTC = self.transform_norm(gelu(self.transform(x_BTC)))
-        return self.tokens.attend(x_BTC) + self.head_bias[...]
+        return self.head(self.transform_norm(gelu(self.transform(x_BTC))))
 
 
 def logits(model, batch):
