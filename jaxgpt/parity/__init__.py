@@ -1,0 +1,1 @@
+"""Parity of any JAX model with any PyTorch model."""
