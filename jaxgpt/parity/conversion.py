@@ -11,7 +11,7 @@ import numpy as np
 Path = tuple[str | int, ...]
 # Marks around a torch name within an expression, so that the loops of `code` can replace its numbers.
 _OPEN, _CLOSE = "\x00", "\x01"
-_LOOP_VARIABLES = "ijklm"
+_LOOP_VARIABLES = "ijklmnpq"
 
 
 class Step(Protocol):
@@ -226,14 +226,13 @@ def _node_lines(node: "dict | Source", variables: str) -> list[str]:
     keys = sorted(node, key=_natural)
     if keys and keys == list(range(len(keys))):
         children = [_node_lines(node[key], variables[1:]) for key in keys]
-        if loop := _loop(children, keys, variables):
+        if loop := _loop(children, variables):
             return ["[", *_indented([*loop, f"for {variables[0]} in range({len(keys)})"]), "]"]
         return ["[", *(line for child in children for line in _indented(_with_comma(child))), "]"]
     lines = ["{"]
     for stem, run in _runs(keys):
-        children = [_node_lines(node[key], variables[1:]) for key in run]
-        loop = _loop(children, range(len(run)), variables) if stem is not None else None
-        if loop:
+        children = [_node_lines(node[key], variables[len(run) > 1 :]) for key in run]
+        if stem is not None and (loop := _loop(children, variables)):
             key = f'f"{stem[0]}{{{_sum(variables[0], stem[1])}}}{stem[2]}"'
             entry = [f"{key}: {loop[0]}", *loop[1:], f"for {variables[0]} in range({len(run)})"]
             lines += _indented(["**{", *_indented(entry), "},"])
@@ -261,7 +260,7 @@ def _runs(keys: Sequence[str | int]) -> list[tuple[tuple[str, int, str] | None, 
     return runs
 
 
-def _loop(children: list[list[str]], indices: Sequence[int], variables: str) -> list[str] | None:
+def _loop(children: list[list[str]], variables: str) -> list[str] | None:
     """The lines of the children as one comprehension's element: torch names with the loop's variable for a number.
 
     None where the children are fewer than two or not of the same form.
