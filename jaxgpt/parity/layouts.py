@@ -48,12 +48,24 @@ def layouts(
         return (Layout("without its first two rows", 0.5, (Slice(0, 2, shape[0]),)),) if grown else ()
     found: dict[tuple[Step, ...], Layout] = {}
     for layout in _all(kind, shape, leaf, parts, heads, channels):
-        steps = simplified(layout.steps)
-        if steps and isinstance(steps[0], Reshape) and steps[0].shape == shape:
-            steps = simplified(steps[1:])
+        steps = _without_idle(layout.steps, shape)
         if steps not in found or layout.penalty < found[steps].penalty:
             found[steps] = Layout(layout.label, layout.penalty, steps, layout.transposed)
     return tuple(sorted(found.values(), key=lambda layout: layout.penalty))
+
+
+def _without_idle(steps: tuple[Step, ...], shape: Shape) -> tuple[Step, ...]:
+    """The steps without those to the shape that the tensor has already."""
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, Reshape):
+            if step.shape == shape:
+                continue
+            shape = step.shape
+        elif isinstance(step, Transpose):
+            shape = _permuted(shape, step.axes)
+        kept.append(step)
+    return simplified(kept)
 
 
 def _all(

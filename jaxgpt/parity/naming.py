@@ -31,7 +31,10 @@ KINDS = {
 # Rules over a whole path, in lower case with words joined by "_" and components by ".": what a module is by where it is.
 _RULES = [
     (r"\b(input_layer_?norm|layer_?norm_before|attn_norm|attention_norm|pre_attn_norm|norm_attn|ln_attn)\b", "norm.1"),
-    (r"\b(post_attention_layer_?norm|layer_?norm_after|ffn?_norm|mlp_norm|norm_ffn?|norm_mlp|ln_mlp|ln_ff)\b", "norm.2"),
+    (
+        r"\b(post_attention_layer_?norm|layer_?norm_after|ffn?_norm|mlp_norm|norm_ffn?|norm_mlp|ln_mlp|ln_ff)\b",
+        "norm.2",
+    ),
     (r"attention\.output\.dense", "attn.out"),
     (r"attention\.output\.layer_?norm", "norm.1"),
     (r"\boutput\.layer_?norm", "norm.2"),
@@ -47,32 +50,53 @@ _RULES = [
     (r"\bb_?(up|down|gate)\b", r"mlp.\1.bias"),
     (r"\bgate_up_proj\b", "mlp.gateup"),
     (r"\b(c_attn|in_proj|query_key_value|qkv_proj|to_qkv|w_?qkv|wqkv|attn_in|qkv)\b", "qkv"),
-    (r"\b(word_embeddings?|embed_tokens|token_embeddings?|tok_embeddings?|token_embed|token_emb|tok_emb|wte)\b", "tokenembed"),
+    (
+        r"\b(word_embeddings?|embed_tokens|token_embeddings?|tok_embeddings?|token_embed|token_emb|tok_emb|wte)\b",
+        "tokenembed",
+    ),
     (r"\b(tok_embed|embed_tok|embed_token|embed_in|shared|vocab_embed\w*)\b", "tokenembed"),
-    (r"\b(position_embeddings?|positional_embeddings?|pos_embeddings?|pos_embed|pos_emb|embed_positions|wpe)\b", "posembed"),
+    (
+        r"\b(position_embeddings?|positional_embeddings?|pos_embeddings?|pos_embed|pos_emb|embed_positions|wpe)\b",
+        "posembed",
+    ),
     (r"\b(embed_pos|pe|positional_encoding|pos_encoding|pos_enc|pos)\b", "posembed"),
     (r"\b(token_type_embeddings?|type_embeddings?|segment_embeddings?|type_emb|seg_emb)\b", "typeembed"),
     (r"\b(lm_head|classifier|score|output_projection|unembed|logits|to_logits|lm_projection)\b", "head"),
-    (r"\b(final_layer_?norm|ln_?f|norm_?f|final_norm|final_ln|ln_final|out_norm|ln_out|post_layer_?norm)\b", "norm.final"),
+    (
+        r"\b(final_layer_?norm|ln_?f|norm_?f|final_norm|final_ln|ln_final|out_norm|ln_out|post_layer_?norm)\b",
+        "norm.final",
+    ),
     (r"\b(patch_embeddings?|patch_embed|patch_emb|conv_proj|patchify)\b", "patchembed"),
-    (r"\b(downsample\.0|shortcut\.0|proj_conv|conv_proj|skip_conv|down_conv|downsample_conv|shortcut_conv)\b", "shortcut.conv"),
-    (r"\b(downsample\.1|shortcut\.1|proj_bn|norm_proj|skip_bn|down_bn|downsample_bn|shortcut_bn|down_norm)\b", "shortcut.norm"),
+    (
+        r"\b(downsample\.0|shortcut\.0|proj_conv|conv_proj|skip_conv|down_conv|downsample_conv|shortcut_conv)\b",
+        "shortcut.conv",
+    ),
+    (
+        r"\b(downsample\.1|shortcut\.1|proj_bn|norm_proj|skip_bn|down_bn|downsample_bn|shortcut_bn|down_norm)\b",
+        "shortcut.norm",
+    ),
 ]
 _WORDS = {
     **dict.fromkeys(["q", "query", "wq", "q_proj", "query_proj", "w_q", "to_q", "q_lin"], "q"),
     **dict.fromkeys(["k", "key", "wk", "k_proj", "key_proj", "w_k", "to_k", "k_lin"], "k"),
     **dict.fromkeys(["v", "value", "wv", "v_proj", "value_proj", "w_v", "to_v", "v_lin"], "v"),
-    **dict.fromkeys(["o", "out", "wo", "o_proj", "out_proj", "w_o", "to_out", "output_proj", "out_lin", "output"], "out"),
+    **dict.fromkeys(
+        ["o", "out", "wo", "o_proj", "out_proj", "w_o", "to_out", "output_proj", "out_lin", "output"], "out"
+    ),
     **dict.fromkeys(["attn", "attention", "mha", "sa"], "attn"),
     **dict.fromkeys(["mlp", "ff", "ffn", "feedforward", "feed_forward", "dense_relu_dense"], "mlp"),
-    **dict.fromkeys(["ln", "norm", "layer_norm", "layernorm", "rms_norm", "rmsnorm", "bn", "batch_norm", "batchnorm"], "norm"),
+    **dict.fromkeys(
+        ["ln", "norm", "layer_norm", "layernorm", "rms_norm", "rmsnorm", "bn", "batch_norm", "batchnorm"], "norm"
+    ),
     **dict.fromkeys(["group_norm", "groupnorm", "gn"], "norm"),
     **dict.fromkeys(["emb", "embed", "embedding", "embeddings", "embedder"], "embed"),
     **dict.fromkeys(["h", "layer", "layers", "block", "blocks", "encoder_layer", "transformer_block"], "layer"),
     **dict.fromkeys(["fc", "linear", "dense", "lin"], "dense"),
     **dict.fromkeys(["enc", "encoder"], "encoder"),
     **dict.fromkeys(["dec", "decoder"], "decoder"),
-    **dict.fromkeys(["cross", "crossattention", "cross_attn", "cross_attention", "encoder_attn", "multihead_attn"], "cross"),
+    **dict.fromkeys(
+        ["cross", "crossattention", "cross_attn", "cross_attention", "encoder_attn", "multihead_attn"], "cross"
+    ),
     **dict.fromkeys(["multi_head_attention", "multihead_attention", "multi_head_dot_product_attention"], "attn"),
 }
 _NOISE = {"params", "batch_stats", "transformer", "model", "module", "net", "value", "raw_value", "weight_tied", "proj"}
