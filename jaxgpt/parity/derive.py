@@ -1,6 +1,6 @@
 """The derivation of a weight converter: from PyTorch's state dict to any JAX parameter tree, where the user gives none.
 
-Layers are aligned first: numbered modules on either side that have as many members of the same sizes, and layers stacked
+Layers are aligned first: numbered modules on either side that are as many and of the same sizes, and layers stacked
 along a leading axis. What remains are patterns (`h.*.attn.c_attn.weight`), matched all together by their names, their
 shapes and the kinds of their modules, as an assignment of least cost. What names and shapes leave open, a measurement
 decides: `check` runs both models with a candidate and returns the relative error.
@@ -21,7 +21,9 @@ from jaxgpt.parity.conversion import (
     Add,
     AddStart,
     Concatenate,
+    Index,
     Path,
+    Reshape,
     Slice,
     Source,
     Stack,
@@ -132,6 +134,7 @@ class _Tensor:
     parts: int = 1
     cost: float = 0.0
     aliases: tuple[tuple[str | int, ...], ...] = ()
+    others: tuple[tuple[str, tuple[Step, ...]], ...] = ()  # less likely steps to the same part of a fused tensor
     order: int = 0
     counts: bool = True
     pattern: tuple[str | int, ...] = ()
@@ -186,12 +189,12 @@ def derive(
     Args:
         torch: the tensors in the order of the state dict.
         leaves: the shape of each JAX leaf, by its path.
-        check: the relative error of the JAX model against PyTorch with these sources; inf if it raises. Weights that are
-            all ones or zeros hide which is which, so the torch model should have random values everywhere.
+        check: the relative error of the JAX model against PyTorch with these sources; inf if it raises. Weights that
+            are all ones or zeros hide which is which, so the torch model should have random values everywhere.
         say: takes a line about each decision.
     """
     plans = [_plan(tensors, leaves) for tensors in _variants(torch, leaves)]
-    plan = min(plans, key=lambda p: (len(p.missing), len(p.unused(torch)), p.cost))
+    plan = min(plans, key=lambda p: (len(p.missing), p.left_over, p.cost))
     derived = plan.solve(torch, check)
     for line in derived.decided:
         say(line)
@@ -213,13 +216,16 @@ def _tensors(torch: Sequence[TorchTensor]) -> list[_Tensor]:
         last = t.name.rpartition(".")[2]
         running = last in ("running_mean", "running_var")
         kind, steps, shape = _kind(t.module, len(t.shape)), (), t.shape
-        if t.module == "MultiheadAttention" and last in ("in_proj_weight", "in_proj_bias", *_split_attention):
-            kind = "linear"
+        components = naming.components(t.name)
+        if t.module == "MultiheadAttention" and (match := re.fullmatch(r"(\w*_proj)_(weight|bias)", last)):
+            kind, components = "linear", (*components[:-1], match[1], match[2])
+        if t.module in _GATES or t.module.startswith("RNN"):
+            components = _rnn_components(t)
         if t.module == "Conv1D" and len(shape) == 2:
             steps, shape = (Transpose((1, 0)),), shape[::-1]
         tensors.append(
             _Tensor(
-                _rnn_components(t) if t.module in _GATES or t.module.startswith("RNN") else naming.components(t.name),
+                components,
                 shape,
                 kind,
                 (t.name,),
@@ -231,9 +237,6 @@ def _tensors(torch: Sequence[TorchTensor]) -> list[_Tensor]:
             )
         )
     return tensors
-
-
-_split_attention = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _kind(module: str, rank: int) -> str:
@@ -263,8 +266,8 @@ def _rnn_components(t: TorchTensor) -> tuple[str | int, ...]:
 
 def _variants(torch: Sequence[TorchTensor], leaves: Mapping[Path, tuple[int, ...]]) -> Iterator[list[_Tensor]]:
     """The torch side with its fused tensors whole or split, its separate ones joined, recurrent biases added."""
-    base = _tensors(torch)
-    gates = {name: _GATES[t.module] for t in torch if t.module in _GATES for name in (t.name,)}
+    base = [_counting_parts(t) for t in _tensors(torch)]
+    gates = {t.name: _GATES[t.module] for t in torch if t.module in _GATES}
     changes: list[list[Callable[[list[_Tensor]], list[_Tensor]]]] = []
     keep = lambda tensors: tensors  # noqa: E731
     if any(t.module in _GATES or t.module.startswith("RNN") for t in torch):
@@ -284,6 +287,16 @@ def _variants(torch: Sequence[TorchTensor], leaves: Mapping[Path, tuple[int, ...
         for change in chosen:
             tensors = change(tensors)
         yield [replace(t) for t in tensors]
+
+
+def _counting_parts(t: _Tensor) -> _Tensor:
+    """The tensor, with the number of its parts if it is a fused one."""
+    words = naming.words(t.components)
+    for fused, parts in _FUSED.items():
+        if fused in words and len(t.shape) in (1, 2) and t.shape[0] % len(parts) == 0:
+            if t.shape[0] > len(parts) and _part_sizes(t, len(parts)) == [t.shape[0] // len(parts)] * len(parts):
+                return replace(t, parts=len(parts))
+    return t
 
 
 def _part(t: _Tensor, axis_steps: tuple[Step, ...], components: tuple[str | int, ...], rows: int) -> _Tensor:
@@ -306,11 +319,23 @@ def _split(tensors: list[_Tensor], fused: str, parts: tuple[str, ...], leaves: M
             out.append(t)
             continue
         start = 0
-        for part, rows in zip(parts, sizes, strict=True):
+        for k, (part, rows) in enumerate(zip(parts, sizes, strict=True)):
             name = _with_word(t.components, fused, part)
-            out.append(_part(t, _rows(t, start, start + rows), name, rows))
+            piece = _part(t, _rows(t, start, start + rows), name, rows)
+            out.append(replace(piece, others=_by_head(t, k, len(parts), leaves) if t.parts > 1 else ()))
             start += rows
     return out
+
+
+def _by_head(t: _Tensor, part: int, parts: int, leaves: Mapping) -> tuple[tuple[str, tuple[Step, ...]], ...]:
+    """The steps to a part of a fused tensor that has query, key and value of the first head first, as GPT-NeoX has."""
+    rows, rest = t.shape[0] // parts, t.shape[1:]
+    shown = {size for shape in leaves.values() if len(shape) in (2, 3) for size in shape if len(shape) == 3}
+    found = []
+    for h in sorted(h for h in shown | {2, 4, 8, 12, 16} if 1 < h < rows and rows % h == 0):
+        steps = (*t.steps, Reshape((h, parts, rows // h, *rest)), Index(1, part), Reshape((rows, *rest)))
+        found.append((f"fused by head (h = {h})", simplified(steps)))
+    return tuple(found)
 
 
 def _part_sizes(t: _Tensor, n: int) -> list[int] | None:
@@ -321,15 +346,11 @@ def _part_sizes(t: _Tensor, n: int) -> list[int] | None:
 
 
 def _with_word(components: tuple[str | int, ...], fused: str, part: str) -> tuple[str | int, ...]:
-    """The path with the component that means `fused` as the part: attn.in_proj_weight -> attn.q.weight."""
-    last = str(components[-1])
-    tail = last.rpartition("_")[2]
-    if last.startswith("in_proj_"):
-        return (*components[:-1], part, tail)
+    """The path with the component that means `fused` as the part: attn.c_attn.weight -> attn.q.weight."""
     for place in reversed(range(len(components))):
         if fused in naming.words((components[place],)):
             return (*components[:place], part, *components[place + 1 :])
-    return (*components[:-1], part, last)
+    return (*components[:-1], part, components[-1])
 
 
 def _joined(tensors: list[_Tensor], fused: str, parts: tuple[str, ...]) -> list[_Tensor]:
@@ -338,10 +359,7 @@ def _joined(tensors: list[_Tensor], fused: str, parts: tuple[str, ...]) -> list[
     for t in tensors:
         word = naming.words(t.components)[-1:]
         if word and word[0] in parts and t.kind == "linear" and len(t.names) == 1:
-            last = str(t.components[-1])
-            own = last.endswith("_proj_weight")
-            prefix, leaf = (t.components[:-1], "weight") if own else (t.components[:-2], last)
-            groups[(prefix, leaf)][word[0]] = t
+            groups[(t.components[:-2], t.components[-1])][word[0]] = t
     complete = {key: group for key, group in groups.items() if len(group) == len(parts)}
     if not complete:
         return tensors
@@ -598,7 +616,7 @@ class _Plan:
     """A matching of patterns, and the choices that names and shapes leave."""
 
     def __init__(self, slots: list[_Slot], tensors: list[_Tensor], leaves: Mapping[Path, tuple[int, ...]]):
-        self.leaves = leaves
+        self.leaves, self.tensors = leaves, tensors
         self.heads = _head_counts(slots, tensors)
         self.channels = tuple(sorted({t.shape[0] for t in tensors if t.kind == "conv"}))
         self.pairs: dict[_Pattern, _Pattern] = {}
@@ -623,13 +641,20 @@ class _Plan:
             path for path in leaves if path not in given or (whole[path] > 1 and whole[path] != leaves[path][0])
         )
 
+    @property
+    def left_over(self) -> int:
+        """How many parameters, or parts of them, no leaf takes."""
+        used = {id(t) for p in self.pairs.values() for t in p.members.values()}
+        return sum(t.counts and id(t) not in used for t in self.tensors)
+
     def unused(self, torch: Sequence[TorchTensor]) -> tuple[str, ...]:
-        used = {name for p in self.pairs.values() for t in p.members.values() for name in t.names}
+        """The torch tensors that no leaf takes, or not the whole of."""
         root = {t.name: t.tied_to or t.name for t in torch}
-        used_roots = {root[name] for name in used}
-        return tuple(
-            t.name for t in torch if root[t.name] not in used_roots and not t.name.endswith("num_batches_tracked")
-        )
+        used = {id(t) for p in self.pairs.values() for t in p.members.values()}
+        left_over = {name for t in self.tensors if id(t) not in used for name in t.names}
+        tied = {root[t.name] for t in torch if t.tied_to}
+        used_names = {root[name] for t in self.tensors if id(t) in used for name in t.names}
+        return tuple(t.name for t in torch if t.name in left_over and root[t.name] not in tied & used_names)
 
     def _match(self, own: list[_Pattern], theirs: list[_Pattern]) -> None:
         if not own:
@@ -688,10 +713,20 @@ class _Plan:
         """The layouts that fit in every layer, likeliest first."""
         common: dict[str, Layout] | None = None
         for layer, slot in own.members.items():
-            t = their.members[layer]
-            found = {x.label: x for x in layouts(t.kind, t.shape, slot.shape, t.parts, self.heads, self.channels)}
+            found = {x.label: x for x in self.layouts(their.members[layer], slot)}
             common = found if common is None else {label: x for label, x in common.items() if label in found}
         return sorted((common or {}).values(), key=lambda x: x.penalty)
+
+    def layouts(self, t: _Tensor, slot: _Slot) -> list[Layout]:
+        """The layouts from the state dict's tensor to the leaf."""
+        plain = layouts(t.kind, t.shape, slot.shape, t.parts, self.heads, self.channels)
+        found = [replace(x, steps=simplified((*t.steps, *x.steps))) for x in plain]
+        for label, steps in t.others:
+            found += [
+                replace(x, label=f"{x.label}, {label}", penalty=x.penalty + 1.5, steps=simplified((*steps, *x.steps)))
+                for x in plain
+            ]
+        return found
 
     # ---- the choices ----
 
@@ -714,9 +749,9 @@ class _Plan:
         for own, their in pairs.items():
             for layer, slot in own.members.items():
                 t = their.members[layer]
-                fitting = layouts(t.kind, t.shape, slot.shape, t.parts, self.heads, self.channels)
+                fitting = self.layouts(t, slot)
                 layout = next((x for x in fitting if x.label == labels[own]), fitting[0])
-                parts[slot.path].append((slot.index, t.names, simplified((*t.steps, *layout.steps))))
+                parts[slot.path].append((slot.index, t.names, layout.steps))
         sources = {}
         for path, members in parts.items():
             if path in self.missing:

@@ -1,6 +1,7 @@
 """What the names of weights have in common: PyTorch's, Flax's, Equinox's, and a user's own.
 
-A path is read as a set of words. Words that the field uses for the same thing (`q`, `query`, `q_proj`, `wq`) become one.
+A path is read as a set of words. Words that the field uses for the same thing (`q`, `query`, `q_proj`, `wq`)
+become one.
 """
 
 import functools
@@ -28,7 +29,7 @@ KINDS = {
     "b": "bias",
     "g": "scale",
 }
-# Rules over a whole path, in lower case with words joined by "_" and components by ".": what a module is by where it is.
+# Rules over a whole path in lower case, words joined by "_", components by ".": what a module is by where it is.
 _RULES = [
     (r"\b(input_layer_?norm|layer_?norm_before|attn_norm|attention_norm|pre_attn_norm|norm_attn|ln_attn)\b", "norm.1"),
     (
@@ -99,6 +100,7 @@ _WORDS = {
     ),
     **dict.fromkeys(["multi_head_attention", "multihead_attention", "multi_head_dot_product_attention"], "attn"),
 }
+_KIND_WORD = re.compile(rf"_({'|'.join(KINDS)})$|^({'|'.join(KINDS)})_")
 _NOISE = {"params", "batch_stats", "transformer", "model", "module", "net", "value", "raw_value", "weight_tied", "proj"}
 
 
@@ -127,7 +129,10 @@ def kind(path: Sequence[str | int]) -> tuple[str, bool]:
 @functools.lru_cache(maxsize=100_000)
 def words(path: tuple[str | int, ...]) -> tuple[str, ...]:
     """The words of a path, synonyms as one, without those for the kind of tensor; numbers are words too."""
-    text = ".".join(_snake(str(part)) for part in path)
+    parts = [_snake(str(part)) for part in path]
+    if parts and parts[-1] not in KINDS:
+        parts[-1] = _KIND_WORD.sub("", parts[-1]) or parts[-1]  # qkv_bias, ln1_g, w_up
+    text = ".".join(parts)
     text = re.sub(r"\bb_?(q|k|v|o|qkv|\d)\b", r"w\1", text)  # bq: the bias of what wq is
     for pattern, replacement in _RULES:
         text = re.sub(pattern, replacement, text)
@@ -140,8 +145,6 @@ def words(path: tuple[str | int, ...]) -> tuple[str, ...]:
             out.append(_WORDS[part])
             continue
         pieces = [p for p in re.split(r"_|(\d+)", part) if p]
-        if place == len(parts) - 1 and len(pieces) > 1 and not pieces[-1].isdigit():
-            pieces = [p for p in pieces if p not in KINDS] or pieces
         stem = "_".join(p for p in pieces if not p.isdigit())
         if stem in _WORDS:
             out += [_WORDS[stem], *(p for p in pieces if p.isdigit())]
