@@ -2,8 +2,8 @@
 
     jaxgpt parity --pair examples/pairs/bert.py
 
-Post-norm blocks, learned positions, token types, a padding mask, a tied head with a transform, labels that do not count.
-The weights are random: nothing is downloaded. All sizes differ, so that no swapped axis goes unseen.
+Post-norm blocks, learned positions, token types, a padding mask, a tied head with a transform, ignored
+labels. The weights are random: nothing is downloaded. All sizes differ, so that no swapped axis goes unseen.
 
 Axes: B batch, T time (queries), S time (keys), C n_embd, H heads, D head size (C = H*D), F intermediate size,
 V vocabulary.

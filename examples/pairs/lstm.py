@@ -2,10 +2,10 @@
 
     jaxgpt parity --pair examples/pairs/lstm.py
 
-The pair gives no `to_params`: from the shapes and names of `jax_params` the converter is derived and printed. The weights
-are random: nothing is downloaded. All sizes differ, so that no swapped axis goes unseen.
+The pair gives no `to_params`: from the shapes and names of `jax_params` the converter is derived and printed. The
+weights are random: nothing is downloaded. All sizes differ, so that no swapped axis goes unseen.
 
-Axes: B batch, T time, C n_embd (the first layer's input), H hidden size, G the four gates of H units each, V vocabulary.
+Axes: B batch, T time, C n_embd (the first layer's input), H hidden size, G the gates (4 H), V vocabulary.
 """
 
 import flax.linen as nn

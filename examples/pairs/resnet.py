@@ -150,7 +150,7 @@ def kernel(weight):
 
 
 def to_params(state_dict):
-    """The NNX model of torchvision's state dict. The counts of batches are left out: only `momentum=None` needs them."""
+    """The NNX model of torchvision's state dict. The counts of batches are left out: nothing here needs them."""
     modules = {"conv": "conv1", "norm": "bn1", "head": "fc"}
     names = [f"layer{stage + 1}.{i}" for stage, n_blocks in enumerate(N_BLOCKS) for i in range(n_blocks)]
     inside = {"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2"}

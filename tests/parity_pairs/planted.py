@@ -1,4 +1,4 @@
-"""Faults of the kind that ports really have, planted in the JAX side, the converter or the optax side of `examples/pairs`.
+"""Faults of the kind that ports really have, planted in the JAX side, the converter or the optax side of each example.
 
 Each names the level that must catch it, the torch module that the diagnosis must point to, and its cause.
 """
@@ -128,7 +128,7 @@ def optimizer(make: Callable[[ModuleType], optax.GradientTransformation]) -> Pla
     return lambda module: own_pair(module, optax_optimizer=make(module))
 
 
-# --------------------------------------------------------------------------------------------------- faults of any model
+# ------------------------------------------------------------------------------------------------- faults of any model
 
 
 def with_gradient(forward: Callable[[Any], Any], scale: float) -> Callable[[Any], Any]:
@@ -481,13 +481,13 @@ def bert_query_and_key_swapped(model: Any) -> None:
 
 def bert_heads_interleaved(model: Any) -> None:
     for block in model.blocks:
-        for linear in (block.attention.query, block.attention.key, block.attention.value):
-            changed_kernel(linear, lambda kernel: interleaved(kernel, block.attention.n_head))
-            linear.bias.set_value(interleaved(linear.bias.get_value(), block.attention.n_head))
+        a = block.attention
+        for p in (p for linear in (a.query, a.key, a.value) for p in (linear.kernel, linear.bias)):
+            p.set_value(interleaved(p.get_value(), a.n_head))
 
 
 def bert_bias_missing(model: Any) -> None:
-    model.blocks[1].down.bias = nnx.data(None)
+    model.blocks[1].down.bias = None
 
 
 def bert_bias_zero(model: Any) -> None:
