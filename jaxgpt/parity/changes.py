@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from jaxgpt.parity.torch_side import Call, Edit, ModuleCall, Operation, OperationMode
+from jaxgpt.parity.torch_side import Call, Edit, Operation, OperationMode
 
 EPSILONS = (1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0)
 ROTARY_BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
@@ -57,6 +57,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "leaky ReLU": F.leaky_relu,
     "no activation": lambda x: x,
 }
+Form = Callable[[torch.Tensor], torch.Tensor]
 ACTIVATION_FUNCTIONS = ("gelu", "relu", "relu_", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "mish", "softplus")
 
 
@@ -83,7 +84,7 @@ class Change:
 
 def bound(call: Call | Operation) -> dict[str, Any]:
     """The arguments of a call by name; a function without an entry in SIGNATURES has numbers for names."""
-    name = getattr(getattr(call, "function", None), "__name__", "") if isinstance(call, Call) else call.name
+    name = call.name if isinstance(call, Operation) else getattr(call.function, "__name__", "")
     names = SIGNATURES.get(name, ())
     by_position = {names[i] if i < len(names) else str(i): value for i, value in enumerate(call.args)}
     return by_position | call.kwargs
@@ -107,7 +108,7 @@ def with_parameters(changes: Mapping[str, Callable[[Mapping[str, torch.Tensor]],
     def edit(call: Call) -> Any:
         def changed(tree: Any) -> Any:
             if isinstance(tree, torch.Tensor):
-                name = call.mode.names.get(id(tree))
+                name = call.mode.names.get(id(tree), "")
                 return changes[name](call.mode.tensors) if name in changes else tree
             if type(tree) in (tuple, list):
                 return type(tree)(changed(item) for item in tree)
@@ -260,9 +261,14 @@ def norm_placement(record: OperationMode) -> Iterator[Change]:
             x, branch = adds[before].args[:2]
             inputs = (record.source_of(x), record.source_of(branch))
             if None not in inputs:
-                yield Change("norm placement", norm.layer, "x + norm(f) for norm(x + f)", {norm.at: _around(norm, inputs)})
+                around = {norm.at: _around(inputs)}
+                yield Change("norm placement", norm.layer, "x + norm(f) for norm(x + f)", around)
         for add in adds.values():
-            if add.index > norm.at and norm.input in [record.source_of(a) for a in add.args[:2]] and norm.at == norm.epsilon_at:
+            if (
+                add.index > norm.at
+                and norm.input in [record.source_of(a) for a in add.args[:2]]
+                and norm.at == norm.epsilon_at
+            ):
                 function = record.operations[norm.at]
                 edits = {
                     norm.at: lambda call, i=norm.input: call.output_of(i),
@@ -272,7 +278,7 @@ def norm_placement(record: OperationMode) -> Iterator[Change]:
                 break
 
 
-def _around(norm: Norm, inputs: tuple[int | None, ...]) -> Edit:
+def _around(inputs: tuple[int | None, ...]) -> Edit:
     def edit(call: Call) -> Any:
         x, branch = (call.output_of(i) for i in inputs if i is not None)
         arguments = bound(call)
@@ -293,18 +299,25 @@ def activation(record: OperationMode) -> Iterator[Change]:
     inside: set[int] = set()
     for call in record.calls:
         ops = record.operations[call.first : call.end]
-        plain = call.input is not None and len(ops) > 1 and not any(op.parameters for op in ops)
-        if plain and re.search("gelu|activation|swish|silu|mish|act$", f"{call.kind} {call.name}".lower()):
+        if call.input is None or len(ops) < 2 or any(op.parameters for op in ops):
+            continue
+        if re.search("gelu|activation|swish|silu|mish|act$", f"{call.kind} {call.name}".lower()):
             sites.append((call.name, call.end - 1, call.kind, lambda c, i=call.input: c.output_of(i)))
             inside.update(range(call.first, call.end))
     for op in record.operations:
         if op.name in ACTIVATION_FUNCTIONS and op.trained and op.index not in inside:
-            sites.append((op.module, op.index, _activation_name(op), lambda c: c.args[0] if c.args else c.kwargs["input"]))
+            sites.append(
+                (op.module, op.index, _activation_name(op), lambda c: c.args[0] if c.args else c.kwargs["input"])
+            )
     for layer, at, own, source in sites:
         for name, function in ACTIVATIONS.items():
             if name != own:
                 edit = lambda c, f=function, s=source: f(s(c).clone())  # noqa: E731
                 yield Change("activation", layer, f"{name} for {own}", {at: edit})
+
+
+def _first_argument(call: Call) -> torch.Tensor:
+    return call.args[0] if call.args else call.kwargs["input"]
 
 
 def _activation_name(op: Operation) -> str:
@@ -336,7 +349,9 @@ def weights(record: OperationMode) -> Iterator[Change]:
                     yield _reformed(op, name, "bias missing", "no bias", torch.zeros_like)
 
 
-def _reformed(op: Operation, name: str, cause: str, detail: str, form: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+def _reformed(
+    op: Operation, name: str, cause: str, detail: str, form: Callable[[torch.Tensor], torch.Tensor]
+) -> Change:
     edit = with_parameters({name: lambda tensors: form(tensors[name])})
     return Change(cause, name.rpartition(".")[0], detail, {op.index: edit})
 
@@ -436,33 +451,42 @@ def _with_flat(form: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
 def heads(record: OperationMode) -> Iterator[Change]:
     """The features of a head read in another order, or two heads exchanged."""
     for op in attentions(record):
-        n_head, size = op.arrays[0].shape[1], op.arrays[0].shape[-1]
-        n_kv = bound(op)["key"].shape[1]
-        into = [record.projection_before(bound(op)[name]) for name in ("query", "key", "value")]
-        out = record.projection_after(op)
-        edits: dict[int, Edit] = {}
-        for at, count in zip(into, (n_head, n_kv, n_kv), strict=True):
-            if at is not None and record.operations[at].arrays[0].shape[-1] == count * size:
-                edits[at] = after(lambda y, h=count: y.unflatten(-1, (size, h)).transpose(-1, -2).flatten(-2))
-        if edits:
-            detail = "[D, H] for [H, D]"
-            if out is not None:
-                both = {**edits, out: _before(lambda x: x.unflatten(-1, (n_head, size)).transpose(-1, -2).flatten(-2))}
-                yield Change("heads interleaved", op.module, f"{detail} in queries, keys, values and output", both)
-            yield Change("heads interleaved", op.module, f"{detail} in queries, keys and values", edits)
-            for at, edit in edits.items():
-                yield Change("heads interleaved", op.module, f"{detail} in {_last(record.operations[at].module)}", {at: edit})
-        if out is not None:
-            merged = _before(lambda x: x.unflatten(-1, (n_head, size)).transpose(-1, -2).flatten(-2))
-            yield Change("heads interleaved", op.module, "[D, H] for [H, D] in the output", {out: merged})
-        whole = into[0]
-        if whole is not None and record.operations[whole].arrays[0].shape[-1] == 3 * n_head * size:
-            split = after(lambda y: y.unflatten(-1, (n_head, 3, size)).transpose(-2, -3).flatten(-3))
-            yield Change("heads interleaved", op.module, "[H, 3, D] for [3, H, D]", {whole: split})
-        if into[0] is not None and n_head > 1 and record.operations[into[0]].arrays[0].shape[-1] == n_head * size:
-            order = [1, 0, *range(2, n_head)]
-            swap = after(lambda y: y.unflatten(-1, (n_head, size))[..., order, :].flatten(-2))
-            yield Change("heads swapped", op.module, "two heads of the queries", {into[0]: swap})
+        yield from _heads_of(record, op)
+
+
+def _heads_of(record: OperationMode, op: Operation) -> Iterator[Change]:
+    n_head, size = op.arrays[0].shape[1], op.arrays[0].shape[-1]
+    n_kv = bound(op)["key"].shape[1]
+
+    def interleaved(n: int) -> Form:
+        return lambda y: y.unflatten(-1, (size, n)).transpose(-1, -2).flatten(-2)
+
+    into = [record.projection_before(bound(op)[name]) for name in ("query", "key", "value")]
+    out = record.projection_after(op)
+    edits: dict[int, Edit] = {}
+    for at, n in zip(into, (n_head, n_kv, n_kv), strict=True):
+        if at is not None and record.operations[at].arrays[0].shape[-1] == n * size:
+            edits[at] = after(interleaved(n))
+    cause, detail = "heads interleaved", "[D, H] for [H, D]"
+    if edits and out is not None:
+        both = {**edits, out: _before(interleaved(n_head))}
+        yield Change(cause, op.module, f"{detail} in queries, keys, values and output", both)
+    if edits:
+        yield Change(cause, op.module, f"{detail} in queries, keys and values", edits)
+    for at, edit in edits.items():
+        yield Change(cause, op.module, f"{detail} in {_last(record.operations[at].module)}", {at: edit})
+    if out is not None:
+        yield Change(cause, op.module, f"{detail} in the output", {out: _before(interleaved(n_head))})
+    if (at := into[0]) is None:
+        return
+    width = record.operations[at].arrays[0].shape[-1]
+    if width == 3 * n_head * size:
+        split = after(lambda y: y.unflatten(-1, (n_head, 3, size)).transpose(-2, -3).flatten(-3))
+        yield Change(cause, op.module, "[H, 3, D] for [3, H, D]", {at: split})
+    if n_head > 1 and width == n_head * size:
+        order = [1, 0, *range(2, n_head)]
+        swap = after(lambda y: y.unflatten(-1, (n_head, size))[..., order, :].flatten(-2))
+        yield Change("heads swapped", op.module, "two heads of the queries", {at: swap})
 
 
 def _before(form: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
@@ -566,7 +590,7 @@ def rotary(record: OperationMode) -> Iterator[Change]:
             if first is second:
                 edits[op.index] = lambda call: call.args[0][0].repeat_interleave(2, -1)
                 layers.append(op.module)
-            elif record.source_of(first) is not None and record.operations[record.source_of(first)].name == "neg":
+            elif (at := record.source_of(first)) is not None and record.operations[at].name == "neg":
                 edits[op.index] = lambda call: _rotated_pairs(torch.cat([call.args[0][1], -call.args[0][0]], -1))
                 layers.append(op.module)
     layer = ", ".join(dict.fromkeys(map(_pattern, layers)))
@@ -608,7 +632,9 @@ def sums(record: OperationMode) -> Iterator[Change]:
             continue
         shapes = [a.shape for a in op.args[:2]]
         for kept, lost in ((1, 0), (0, 1)):
-            source = record.operations[record.skip_back(record.source_of(op.args[lost]))]
+            at = record.source_of(op.args[lost])
+            assert at is not None, "a residual's operands come from operations"
+            source = record.operations[record.skip_back(at)]
             cause = "embedding missing" if source.name == "embedding" else "residual missing"
             edit = lambda call, k=kept, s=op.arrays[0].shape: call.args[k].expand(s).clone()  # noqa: E731
             detail = f"without the output of {source.module or source.name}"
@@ -632,7 +658,9 @@ def tables(record: OperationMode) -> Iterator[Change]:
                 yield Change("embedding scale", op.module, text, {op.index: after(lambda y, f=factor: y * f)})
         if op.name == "arange" and not op.trained:
             for by in (1, -1):
-                yield Change("positions shifted", op.module, f"positions {by:+d}", {op.index: after(lambda y, b=by: y + b)})
+                yield Change(
+                    "positions shifted", op.module, f"positions {by:+d}", {op.index: after(lambda y, b=by: y + b)}
+                )
 
 
 def constants(record: OperationMode) -> Iterator[Change]:
@@ -732,10 +760,10 @@ def losses(record: OperationMode) -> Iterator[Change]:
         n_time = record.time_of(a["input"])
         if n_time and target.numel() % n_time == 0:
             for text, last in (("last", True), ("first", False)):
-                edit = with_arguments(target=lambda t, i=ignored, last=last: _without_end(t, n_time, i, last))
+                edit = with_arguments(target=lambda t, n=n_time, i=ignored, last=last: _without_end(t, n, i, last))
                 yield Change(f"{text} token dropped", op.module, f"no {text} target of a row", {op.index: edit})
             for text, by in (("the token itself", 1), ("the token after the next", -1)):
-                edit = with_arguments(target=lambda t, i=ignored, by=by: _shifted(t, n_time, i, by))
+                edit = with_arguments(target=lambda t, n=n_time, i=ignored, by=by: _shifted(t, n, i, by))
                 yield Change("label shift missing", op.module, f"{text} as target", {op.index: edit})
             for labels in record.integers(target.numel() // n_time, n_time):
                 edit = with_arguments(target=lambda t, y=labels: y.reshape(t.shape))
@@ -836,6 +864,17 @@ def gradient_changes(record: OperationMode, factors: Sequence[float]) -> list[Ch
                 edit = after(lambda y, k=factor: y.detach() + k * (y - y.detach()))
                 detail = f"times {factor:.4g} after {op.name}"
                 found.append(Change("gradient scaled", op.module, detail, {op.index: edit}))
+    by_module: dict[str, list[str]] = {}
+    for name, tensor in record.tensors.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, names in by_module.items():
+        for stopped in [names, *([n] for n in names if len(names) > 1)]:
+            edit = with_parameters({name: lambda tensors, n=name: tensors[n].detach() for name in stopped})
+            edits = {op.index: edit for op in record.operations if set(op.parameters) & set(stopped)}
+            if edits:
+                detail = f"of {', '.join(name.rpartition('.')[2] for name in stopped)}"
+                found.append(Change("stop gradient", module, detail, edits))
     for name in dict.fromkeys(n for op in record.operations for n in op.parameters):
         uses = [op for op in record.operations if name in op.parameters]
         if len(uses) > 1:

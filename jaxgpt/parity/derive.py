@@ -13,7 +13,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -273,7 +274,10 @@ def _variants(torch: Sequence[TorchTensor], leaves: Mapping[Path, tuple[int, ...
     base = [_counting_parts(t) for t in _tensors(torch)]
     gates = {t.name: _GATES[t.module] for t in torch if t.module in _GATES}
     changes: list[list[Callable[[list[_Tensor]], list[_Tensor]]]] = []
-    keep = lambda tensors: tensors  # noqa: E731
+
+    def keep(tensors: list[_Tensor]) -> list[_Tensor]:
+        return tensors
+
     if any(t.module in _GATES or t.module.startswith("RNN") for t in torch):
         changes.append([keep, lambda ts: _biases_added(ts, gates)])
         changes.append([keep, lambda ts: _gates_split(ts, gates)])
@@ -282,9 +286,9 @@ def _variants(torch: Sequence[TorchTensor], leaves: Mapping[Path, tuple[int, ...
         has_fused = any(fused in naming.words(t.components) for t in base)
         options = [keep]
         if has_fused:
-            options.append(lambda ts, f=fused, p=parts: _split(ts, f, p, leaves))
+            options.append(partial(_split, fused=fused, parts=parts, leaves=leaves))
         elif _joined(base, fused, parts) is not base and (fused in leaf_words or not leaf_words & set(parts)):
-            options.append(lambda ts, f=fused, p=parts: _joined(ts, f, p))
+            options.append(partial(_joined, fused=fused, parts=parts))
         changes.append(options)
     for chosen in itertools.product(*changes):
         tensors = base
@@ -616,7 +620,8 @@ def assignment(cost: np.ndarray) -> list[int]:
     return result
 
 
-_Own, _Their = _Pattern[_Slot], _Pattern[_Tensor]
+_Own: TypeAlias = _Pattern[_Slot]
+_Their: TypeAlias = _Pattern[_Tensor]
 
 
 class _Plan:

@@ -1,14 +1,16 @@
-"""Where a pair departs, and why: the first value that only one side computes, and the change that removes the difference."""
+"""Where a pair departs, and why.
 
-import itertools
+The place is the first value that only one side computes; the cause is the change that makes the difference vanish.
+"""
+
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.parity.changes import Change, all_changes, gradient_changes, running_statistics
+from jaxgpt.parity.changes import Change, all_changes, gradient_changes, grouped, running_statistics
 from jaxgpt.parity.graph import Value, first_departure, matches
 from jaxgpt.parity.harness import Row, rms
 from jaxgpt.parity.levels import Levels, relative, update_rows
@@ -18,6 +20,7 @@ from jaxgpt.parity.torch_side import Edit
 
 REMOVED = 1e-9  # a change explains a difference if what is left is rounding
 HELPS = 0.5  # of the difference must go before a change is named at all
+UNTOLD = "none of the changes that were tried removes it"
 MOST = 5  # findings that are worth a reader's time
 
 
@@ -121,7 +124,9 @@ class _Diagnosis:
     def jax_names(self, change: Change) -> str:
         """The JAX arrays that hold what the changed operations take."""
         names = [n for at in change.edits for n in self.record.operations[at].parameters]
-        inside = [n for n in self.sides.mapping.shapes if n.startswith(tuple(f"{p}." for p in change.layer.split(", ")))]
+        inside = [
+            n for n in self.sides.mapping.shapes if n.startswith(tuple(f"{p}." for p in change.layer.split(", ")))
+        ]
         paths = [path for n in dict.fromkeys(names or inside) for path in self.sides.mapping.paths(n)]
         return ", ".join(path_name(path) for path in dict.fromkeys(paths[:4]))
 
@@ -141,7 +146,9 @@ class _Diagnosis:
                         findings.append(Finding("parameters", cause, name, detail, jax, row.value, left))
             elif row.check == "parameters, unmapped":
                 for name in row.note.removeprefix("unmapped: ").split(", "):
-                    findings.append(Finding("parameters", "unmapped", name, "no JAX array holds it", "", row.value, None))
+                    findings.append(
+                        Finding("parameters", "unmapped", name, "no JAX array holds it", "", row.value, None)
+                    )
             elif row.check == "parameters, of another origin":
                 findings.append(Finding("parameters", "of another origin", "", row.note, "", row.value, None))
         return findings
@@ -168,7 +175,8 @@ class _Diagnosis:
             findings.append((self.rank(change, departure), left, change))
         findings.sort(key=lambda item: (item[1] > REMOVED, item[0]))
         results = [
-            Finding("forward", c.cause, c.layer, c.detail, self.jax_names(c), error, left) for _, left, c in findings[:MOST]
+            Finding("forward", c.cause, c.layer, c.detail, self.jax_names(c), error, left)
+            for _, left, c in findings[:MOST]
         ]
         if results and results[0].explains:
             return results
@@ -184,24 +192,22 @@ class _Diagnosis:
         if departure is None:
             return []
         first = [change for _, change in tried if self.moves_on(change, departure)]
-        results = []
         for one in first[:12]:
             for _, other in tried:
                 if set(other.edits) & set(one.edits):
                     continue
                 left = self.loss_error({**one.edits, **other.edits})
                 if left <= REMOVED:
-                    for change in (one, other):
-                        detail = f"{change.detail}, together with the other"
-                        names = self.jax_names(change)
-                        results.append(Finding("forward", change.cause, change.layer, detail, names, error, left))
-                    return results
+                    together = "together with the other"
+                    return [self.finding("forward", change, error, left, together) for change in (one, other)]
         for change in first[:1]:
-            left = self.loss_error(change.edits)
-            names = self.jax_names(change)
-            detail = f"{change.detail}; it moves the departure on, something else is left"
-            results.append(Finding("forward", change.cause, change.layer, detail, names, error, left))
-        return results or [Finding("forward", "unknown", departure.layer, "no change that was tried", departure.jax, error, None)]
+            more = "it moves the departure on, something else is left"
+            return [self.finding("forward", change, error, self.loss_error(change.edits), more)]
+        return [Finding("forward", "unknown", departure.layer, UNTOLD, departure.jax, error, None)]
+
+    def finding(self, level: str, change: Change, error: float, left: float, more: str = "") -> Finding:
+        detail = f"{change.detail}; {more}" if more else change.detail
+        return Finding(level, change.cause, change.layer, detail, self.jax_names(change), error, left)
 
     def moves_on(self, change: Change, departure: Departure) -> bool:
         """Whether the first departure comes later with a change, or is gone."""
@@ -251,12 +257,14 @@ class _Diagnosis:
             if left <= REMOVED:
                 tried.append((len(change.edits), left, change))
         tried.sort(key=lambda item: item[0])
-        found = [Finding("gradients", c.cause, c.layer, c.detail, self.jax_names(c), error, left) for _, left, c in tried]
+        found = [
+            Finding("gradients", c.cause, c.layer, c.detail, self.jax_names(c), error, left) for _, left, c in tried
+        ]
         if found:
             return found[:MOST]
         worst = max(names, key=lambda name: relative(ours[name], truth[name]))
         jax = ", ".join(map(path_name, self.sides.mapping.paths(worst)))
-        return [Finding("gradients", "unknown", worst.rpartition(".")[0], "no change that was tried", jax, error, None)]
+        return [Finding("gradients", "unknown", worst.rpartition(".")[0], UNTOLD, jax, error, None)]
 
     # ----------------------------------------------------------------------------------------------------- updates
 
@@ -265,11 +273,13 @@ class _Diagnosis:
         ours, truth = self.levels.jax_trained["float64"], self.levels.torch_trained["float64"]
         batches = self.sides.batches[: self.sides.pair.n_updates]
         names, state = self.levels.updated, self.sides.torch.state
-        buffers = [n for n in truth.buffers if self.sides.mapping.paths(n)]
+        buffers = [n for n in truth.buffers if self.sides.mapping.paths(n) and self.sides.jax.structure.is_nnx]
 
         def left_of(trajectory: Any) -> float:
             values = [row.value for row in update_rows("", ours, trajectory, state, names)]
-            values += [relative(ours.buffers[n], trajectory.buffers[n]) for n in buffers if self.sides.jax.structure.is_nnx]
+            values += [
+                relative(ours.buffers[n], trajectory.buffers[n]) for n in buffers if self.sides.jax.structure.is_nnx
+            ]
             return max(values)
 
         error = left_of(truth)
@@ -277,11 +287,9 @@ class _Diagnosis:
         factor = estimated_factor(ours.params[0], first, {name: state[name] for name in names})
         factors = [] if factor is None else [factor, float(f"{factor:.3g}")]
         tried: list[tuple[float, OptimizerChange | Change]] = []
-        for change in optimizer_changes(self.sides.torch, factors):
+        for change in optimizer_changes(self.sides.torch, batches, truth, factors):
             tried.append((left_of(self.sides.torch.train(batches, "float64", change.make_update)), change))
         edits = list(running_statistics(self.record))
-        from jaxgpt.parity.changes import grouped
-
         for change in [*edits, *grouped(edits)]:
             tried.append((left_of(self.sides.torch.train(batches, "float64", edits=change.edits)), change))
         tried = [(left if math.isfinite(left) else math.inf, change) for left, change in tried]
@@ -289,8 +297,10 @@ class _Diagnosis:
         good = [(left, change) for left, change in tried if left <= 1e-7] or [
             (left, change) for left, change in tried[:2] if left <= HELPS * error
         ]
-        found = [Finding("updates", c.cause, c.layer, c.detail, "optax_optimizer", error, left) for left, c in good[:MOST]]
-        return found or [Finding("updates", "unknown", "optimizer", "no change that was tried", "", error, None)]
+        found = [
+            Finding("updates", c.cause, c.layer, c.detail, "optax_optimizer", error, left) for left, c in good[:MOST]
+        ]
+        return found or [Finding("updates", "unknown", "optimizer", UNTOLD, "", error, None)]
 
 
 def _where(value: Value | None) -> str:
@@ -310,7 +320,3 @@ def _gradient_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], nam
     largest = max(rms(theirs[name]) for name in theirs) or 1.0
     errors = [rms(ours[n] - theirs[n]) / max(rms(theirs[n]), 1e-8 * largest) for n in names]
     return max(errors, default=0.0)
-
-
-__all__: Sequence[str] = ("Departure", "Diagnosis", "Finding", "diagnose")
-_ = (itertools, Callable)

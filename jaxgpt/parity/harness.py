@@ -56,14 +56,11 @@ class Row:
     def from_json(cls, values: Mapping[str, Any]) -> "Row":
         """The inverse of `to_json`."""
         numbers = ("tolerance", "error", "torch_error", "ratio")
-        return cls(
-            **{
-                f.name: float(values[f.name])
-                if f.name in numbers and isinstance(values[f.name], str)
-                else values[f.name]
-                for f in fields(cls)
-            }
-        )
+        known: dict[str, Any] = {f.name: values[f.name] for f in fields(cls)}
+        for name in numbers:
+            if isinstance(known[name], str):
+                known[name] = float(known[name])
+        return cls(**known)
 
 
 def checked(ours: Any, reference: Any, floor: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

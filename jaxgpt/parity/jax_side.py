@@ -11,7 +11,7 @@ import optax
 
 from jaxgpt.parity import jaxprs
 from jaxgpt.parity.graph import Value
-from jaxgpt.parity.pair import Pair, PairError, call
+from jaxgpt.parity.pair import Pair, PairError, call, raised
 from jaxgpt.parity.params import Path, Structure, path_name
 
 BatchArrays = Mapping[str, np.ndarray]
@@ -54,7 +54,9 @@ class JaxSide:
         return {name: jnp.asarray(array, dtypes[array.dtype.kind]) for name, array in batch.items()}
 
     def _params(self, trained: Sequence[Any], fixed: Sequence[Any]) -> Any:
-        return self.structure.build({**dict(zip(self.trained, trained, strict=True)), **dict(zip(self.fixed, fixed, strict=True))})
+        return self.structure.build(
+            {**dict(zip(self.trained, trained, strict=True)), **dict(zip(self.fixed, fixed, strict=True))}
+        )
 
     def _loss(self, trained: Sequence[Any], fixed: Sequence[Any], batch: Any) -> tuple[Any, list[Any]]:
         """The loss, and the fixed parameters after the call: an NNX module updates its batch statistics."""
@@ -102,7 +104,7 @@ class JaxSide:
         try:
             return self.optimizer().init(params)
         except Exception as e:
-            raise _in_optimizer(e) from e
+            raise raised("optax_optimizer", e) from e
 
     def _run(self, name: str, precision: str, *args: Any) -> Any:
         """A method's result, compiled; the program is kept for the precision."""
@@ -122,6 +124,14 @@ class JaxSide:
             logits = np.asarray(logits)
             return logits.astype(np.float32) if logits.dtype == jnp.bfloat16 else logits
 
+    def _loss_alone(self, trained: Sequence[Any], fixed: Sequence[Any], batch: Any) -> Any:
+        return self._loss(trained, fixed, batch)[0]
+
+    def loss(self, batch: BatchArrays, precision: str) -> float:
+        """The loss of one batch."""
+        with precision_of(precision):
+            return float(self._run("_loss_alone", precision, *self.arrays(precision), self.batch(batch, precision)))
+
     def loss_and_grads(self, batch: BatchArrays, precision: str) -> tuple[float, dict[Path, np.ndarray]]:
         """The loss and the gradients by path of one batch."""
         with precision_of(precision):
@@ -130,9 +140,7 @@ class JaxSide:
             loss, grads, *_ = self._run("_update", precision, *args)
             return float(loss), {path: np.asarray(g) for path, g in zip(self.trained, grads, strict=True)}
 
-    def train(
-        self, batches: Sequence[BatchArrays], precision: str
-    ) -> tuple[list[float], list[dict[Path, np.ndarray]]]:
+    def train(self, batches: Sequence[BatchArrays], precision: str) -> tuple[list[float], list[dict[Path, np.ndarray]]]:
         """The losses of as many updates as there are batches, and all parameters after each, by path."""
         losses, params = [], []
         with precision_of(precision):
@@ -152,7 +160,7 @@ class JaxSide:
             trained, fixed = self.arrays("float64")
             args = (trained, fixed, self.batch(batch, "float64"))
             names = [*map(path_name, self.trained), *[None] * (len(fixed) + len(batch))]
-            found = jaxprs.record(lambda *a: self._loss(*a)[0], args, names)
+            found = jaxprs.record(self._loss_alone, args, names)
         return [
             Value(i, r.operation, r.where, r.inputs, r.parameters, _floats(r.array), r.trained)
             for i, r in enumerate(found)
@@ -161,9 +169,3 @@ class JaxSide:
 
 def _floats(array: np.ndarray) -> np.ndarray | None:
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else None
-
-
-def _in_optimizer(error: Exception) -> PairError:
-    from jaxgpt.parity.pair import raised
-
-    return raised("optax_optimizer", error)

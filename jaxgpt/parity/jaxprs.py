@@ -1,7 +1,8 @@
 """Jaxprs evaluated equation by equation: with float32 lifted to float64, or with every value recorded.
 
-Models cast to float32 on purpose, for a softmax or a norm, and a comparison in float64 would end at those casts. Lifted,
-they cast to float64. The derivative rules of custom JVPs and VJPs stay: a gradient is traced before it is lifted.
+Models cast to float32 on purpose, for a softmax or a norm, and a comparison in float64 would end at those casts.
+Lifted, they cast to float64. The derivative rules of custom JVPs and VJPs stay: a gradient is traced before it is
+lifted.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from jaxgpt.parity.pair import is_users
 
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # the parameters in which a call keeps its body
+SCATTERS = {
+    "scatter": jax.lax.scatter,
+    "scatter-add": jax.lax.scatter_add,
+    "scatter-mul": jax.lax.scatter_mul,
+    "scatter-min": jax.lax.scatter_min,
+    "scatter-max": jax.lax.scatter_max,
+}
 FLOAT32 = np.dtype("float32")
 
 
@@ -135,7 +144,12 @@ class _Evaluation:
         if self.lift and name != "bitcast_convert_type":
             arrays = [self._lift_array(array) for array in arrays]
             params = {key: _lift_dtype(value) for key, value in params.items()}
-        outs = equation.primitive.bind(*arrays, **equation.primitive.get_bind_params(params))
+        if self.lift and name in SCATTERS:  # keeps a jaxpr of its own for two numbers, in the old dtype
+            options = {key: params[key] for key in ("indices_are_sorted", "unique_indices", "mode")}
+            operand, indices, updates = arrays
+            outs = SCATTERS[name](operand, indices, updates, params["dimension_numbers"], **options)
+        else:
+            outs = equation.primitive.bind(*arrays, **equation.primitive.get_bind_params(params))
         outs = list(outs) if equation.primitive.multiple_results else [outs]
         return self.known(equation, inputs, outs)
 
@@ -218,7 +232,7 @@ class _Evaluation:
         """In float64 what is in float32; a constant as its shortest decimal, which is what the source says: 1e-5."""
         if not self.lift or getattr(array, "dtype", None) != FLOAT32:
             return array
-        if isinstance(array, jax.core.Tracer) or np.ndim(array):
+        if isinstance(array, Tracer) or np.ndim(array):
             return jax.lax.convert_element_type(array, np.float64)
         return np.float64(str(np.float32(array)))
 

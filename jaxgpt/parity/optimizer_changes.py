@@ -4,14 +4,15 @@ Adam is written out once more, after Kingma and Ba (arXiv 1412.6980, algorithm 1
 1711.05101, algorithm 2), with a switch for each mistake; without one it is held against PyTorch's own first.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from jaxgpt.parity.torch_side import TorchSide, Update
+from jaxgpt.parity.torch_side import TorchSide, Trajectory, Update
 
 MakeUpdate = Callable[[Update], None]
 FACTORS = (1.01, 0.99, 10.0, 0.1, 2.0, 0.5)
@@ -80,11 +81,12 @@ class Recipe:
         """The learning rates of this update; the scheduler itself runs on, once, ahead of the first."""
         if "rates" not in update.memory:
             rates = []
-            for _ in range(update.pair.n_updates + abs(self.schedule) + 1):
-                rates.append([float(group["lr"]) for group in update.optimizer.param_groups])
-                if update.schedule is not None:
-                    update.optimizer.step()  # a scheduler warns of a step before the first update; no gradients yet
-                    update.schedule.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, of a scheduler that steps before its optimizer
+                for _ in range(update.pair.n_updates + abs(self.schedule) + 1):
+                    rates.append([float(group["lr"]) for group in update.optimizer.param_groups])
+                    if update.schedule is not None:
+                        update.schedule.step()
             update.memory["rates"] = rates
         return update.memory["rates"][max(0, update.step - self.schedule)]
 
@@ -96,16 +98,19 @@ class Recipe:
             return self.decay if own else 0.0
         largest = max(float(g.get("weight_decay", 0.0)) for g in update.optimizer.param_groups)
         taken = {"all": True, "none": False, "matrices": parameter.ndim > 1, "vectors": parameter.ndim < 2}
-        return largest if taken[self.decay] else 0.0
+        return largest if taken[str(self.decay)] else 0.0
 
     def _step(self, update: Update, group: dict[str, Any], parameter: torch.Tensor, lr: float) -> None:
         memory = update.memory.setdefault(id(parameter), {})
+        assert parameter.grad is not None
         grad = parameter.grad.clone()
         decay = self._decay(update, group, parameter)
         is_adam = "betas" in group
         coupled = self.coupled
         if coupled is None:
-            coupled = not (isinstance(update.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False))
+            coupled = not (
+                isinstance(update.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+            )
         if coupled:
             grad += decay * parameter
         else:
@@ -131,10 +136,16 @@ class Recipe:
         parameter.sub_(lr * m / root)
 
 
-def optimizer_changes(torch_side: TorchSide, factors: Sequence[float] = ()) -> list[OptimizerChange]:
-    """The changes of a pair's optimizer; none where it is neither SGD nor Adam.
+def optimizer_changes(
+    torch_side: TorchSide,
+    batches: Sequence[Mapping[str, np.ndarray]],
+    truth: Trajectory,
+    factors: Sequence[float] = (),
+) -> list[OptimizerChange]:
+    """The changes of a pair's optimizer; none where it is another one than SGD and Adam.
 
     Args:
+        batches: of the updates, and `truth`: what the pair's own optimizer makes of them in float64.
         factors: further factors of the learning rate to try.
     """
     pair = torch_side.pair
@@ -142,6 +153,9 @@ def optimizer_changes(torch_side: TorchSide, factors: Sequence[float] = ()) -> l
     optimizer = pair.torch_optimizer(model) if pair.torch_optimizer else None
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD):
         return []
+    again = torch_side.train(batches, "float64", Recipe())
+    if not all(np.allclose(again.params[-1][n], p, rtol=1e-9, atol=1e-12) for n, p in truth.params[-1].items()):
+        return []  # an option that is not written out here: amsgrad, a closure
     group = optimizer.param_groups[0]
     plain = Recipe()
     found: list[OptimizerChange] = []
@@ -157,7 +171,14 @@ def optimizer_changes(torch_side: TorchSide, factors: Sequence[float] = ()) -> l
     decays = {float(g.get("weight_decay", 0.0)) for g in optimizer.param_groups}
     if any(decays):
         is_decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        add(*(("coupled decay", "decay added to the gradient") if is_decoupled else ("decoupled decay", "decay of the weights")), coupled=is_decoupled)
+        add(
+            *(
+                ("coupled decay", "decay added to the gradient")
+                if is_decoupled
+                else ("decoupled decay", "decay of the weights")
+            ),
+            coupled=is_decoupled,
+        )
         for of, text in (
             ("all", "decay of every tensor"),
             ("matrices", "decay of matrices alone"),
@@ -179,7 +200,9 @@ def optimizer_changes(torch_side: TorchSide, factors: Sequence[float] = ()) -> l
             if value != group["eps"]:
                 add("optimizer epsilon", f"eps {value:g}", epsilon=value)
         add("optimizer epsilon inside the root", "sqrt(v + eps)", epsilon_inside=True)
-        for betas in dict.fromkeys(((b1, 0.95), (b1, 0.99), (b1, 0.999), (0.9, b2), (0.95, b2), (b2, b1), (b1, b1), (0.0, b2))):
+        for betas in dict.fromkeys(
+            ((b1, 0.95), (b1, 0.99), (b1, 0.999), (0.9, b2), (0.95, b2), (b2, b1), (b1, b1), (0.0, b2))
+        ):
             if betas != (b1, b2):
                 add("optimizer betas", f"betas {betas[0]:g}, {betas[1]:g}", betas=betas)
         add("bias correction missing", "no bias correction", bias_correction=False)
@@ -193,7 +216,9 @@ def optimizer_changes(torch_side: TorchSide, factors: Sequence[float] = ()) -> l
     return found
 
 
-def estimated_factor(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> float | None:
+def estimated_factor(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], start: dict[str, np.ndarray]
+) -> float | None:
     """The factor by which one side's first update is larger, by least squares; None for no update."""
     above = sum(float(np.sum((ours[n] - start[n]) * (theirs[n] - start[n]))) for n in theirs)
     below = sum(float(np.sum((theirs[n] - start[n]) ** 2)) for n in theirs)

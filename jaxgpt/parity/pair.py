@@ -1,5 +1,6 @@
 """A pair: a PyTorch model and the JAX model that should compute the same."""
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -53,7 +54,7 @@ class Pair:
     torch_schedule: Callable[[Any], Any] | None = None
     optax_optimizer: Any = None
     clip: float | None = None
-    n_updates: int = 10
+    n_updates: int = 8
     train: bool = False
     name: str = ""
 
@@ -72,9 +73,13 @@ class Pair:
         if (self.torch_logits is None) != (self.jax_logits is None):
             raise UserError("Pair torch_logits, jax_logits: one is given without the other; give both, or neither")
         if (self.torch_optimizer is None) != (self.optax_optimizer is None):
-            raise UserError("Pair torch_optimizer, optax_optimizer: one is given without the other; give both, or neither")
+            raise UserError(
+                "Pair torch_optimizer, optax_optimizer: one is given without the other; give both, or neither"
+            )
         if self.torch_optimizer is None and (self.torch_schedule is not None or self.clip is not None):
-            raise UserError("Pair torch_schedule, clip: have an effect with torch_optimizer only; give it, or leave them out")
+            raise UserError(
+                "Pair torch_schedule, clip: have an effect with torch_optimizer only; give it, or leave them out"
+            )
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UserError(f"Pair clip {self.clip}: give a norm above 0, or None")
         if not isinstance(self.n_updates, int) or not 1 <= self.n_updates <= 10_000:
@@ -185,6 +190,4 @@ def load_pair(argument: str) -> Pair:
 
 
 def _named(pair: Pair, name: str) -> Pair:
-    import dataclasses
-
     return pair if pair.name else dataclasses.replace(pair, name=name)

@@ -1,13 +1,15 @@
 """Both sides of a pair, from the same weights."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from jaxgpt.parity import params
+from jaxgpt.parity.derive import Derived, derive
 from jaxgpt.parity.graph import Value
-from jaxgpt.parity.jax_side import JaxSide
+from jaxgpt.parity.jax_side import JaxSide, precision_of
 from jaxgpt.parity.mapping import ElementMap, map_elements
 from jaxgpt.parity.pair import Batch, Pair, PairError, call, draw_batches
 from jaxgpt.parity.params import Path, Structure, path_name
@@ -29,7 +31,7 @@ class Sides:
     torch: TorchSide
     jax: JaxSide
     mapping: ElementMap
-    batches: list[Batch]
+    batches: Sequence[Batch]
     converter: str = ""
 
     @cached_property
@@ -43,18 +45,29 @@ class Sides:
         return self.torch.results(self.batches[0], "float64")
 
 
-def prepare(pair: Pair) -> Sides:
-    """Builds both sides from the same weights. Raises `PairError` for whatever the pair's functions do wrong."""
+def prepare(pair: Pair, say: Callable[[str], None] = lambda line: None) -> Sides:
+    """Builds both sides from the same weights; `say` takes a line of progress.
+
+    Raises:
+        PairError: a function of the pair raises, or gives what cannot be used.
+    """
     torch = TorchSide(pair)
     batches = draw_batches(pair, max(N_BATCHES, pair.n_updates if pair.torch_optimizer else 0))
-    if pair.to_params is None:
-        raise NotImplementedError
     structures: list[Structure] = []
+    code = ""
+    if pair.to_params is None:
+        derived = _derived(pair, torch, batches[0], structures, say)
+        code = derived.code()
 
-    def convert(state: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
-        structure, flat = params.split(call(pair, "to_params", state), "to_params")
-        structures.append(structure)
-        return flat
+        def convert(state: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
+            return derived.convert(state)
+    else:
+
+        def convert(state: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
+            with precision_of("float64"):  # nothing may be rounded on the way
+                structure, flat = params.split(call(pair, "to_params", state), "to_params")
+            structures.append(structure)
+            return flat
 
     flat = convert({name: np.array(array) for name, array in torch.state.items()})
     for path, array in flat.items():
@@ -66,4 +79,27 @@ def prepare(pair: Pair) -> Sides:
     trained = [path for path in flat if set(mapping.sources[path]) & trained_names or path in mapping.computed]
     if not trained:
         raise PairError("Pair to_params: no array holds a PyTorch parameter; fill the arrays from the state_dict")
-    return Sides(pair, torch, JaxSide(pair, structures[0], flat, trained), mapping, batches)
+    return Sides(pair, torch, JaxSide(pair, structures[0], flat, trained), mapping, batches, code)
+
+
+def _derived(
+    pair: Pair, torch: TorchSide, batch: Batch, structures: list[Structure], say: Callable[[str], None]
+) -> Derived:
+    """The converter of a pair that gives none: what names and shapes leave open, the loss in float64 decides."""
+    with precision_of("float32"):
+        structure, leaves = params.split(call(pair, "jax_params"), "jax_params")
+    structures.append(structure)
+    truth = torch.results(batch, "float64", logits=False, grads=False).loss
+    side = JaxSide(pair, structure, leaves, list(leaves))
+
+    def check(candidate: Derived) -> float:
+        try:
+            side.flat = candidate.convert(torch.state)
+            return abs(side.loss(batch, "float64") - truth) / abs(truth)
+        except (PairError, ValueError, KeyError, TypeError):
+            return np.inf
+
+    derived = derive(torch.tensors, {path: array.shape for path, array in leaves.items()}, check, say)
+    if derived.missing:
+        raise PairError(f"Pair jax_params: {derived.message().splitlines()[0]}; give to_params")
+    return derived

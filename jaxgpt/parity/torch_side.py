@@ -147,9 +147,7 @@ class OperationMode(TorchFunctionMode):
                 self.source[id(tensor)] = index
         arrays = tuple(t.detach().to(torch.float64).numpy().copy() for t in given if t.is_floating_point())
         module = self.stack[-1] if self.stack else ""
-        self.operations.append(
-            Operation(index, name, module, args, kwargs, inputs, parameters, out, arrays, trained)
-        )
+        self.operations.append(Operation(index, name, module, args, kwargs, inputs, parameters, out, arrays, trained))
 
     @contextmanager
     def of(self, model: torch.nn.Module) -> Iterator["OperationMode"]:

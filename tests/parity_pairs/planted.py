@@ -20,7 +20,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-import jaxgpt.model.gpt
 from jaxgpt.parity import Pair
 
 Level = Literal["parameters", "forward", "loss", "gradients", "updates"]

@@ -1,0 +1,28 @@
+"""The pytest fixture `parity`, which pytest finds by itself where jaxgpt is installed.
+
+def test_port(parity):
+    parity(pair)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def parity() -> Callable[..., Any]:
+    """Compares a `jaxgpt.parity.Pair`; the test fails with the table and the diagnosis if a row does.
+
+    The comparison, with its rows, diagnosis and mutants, is returned.
+    """
+
+    def compare(pair: Any, mutants: bool = False) -> Any:
+        from jaxgpt.parity.comparison import compare
+
+        comparison = compare(pair, mutants)
+        if not comparison.passed:
+            pytest.fail(f"{comparison.name}: not equal\n{comparison.text()}", pytrace=False)
+        return comparison
+
+    return compare
