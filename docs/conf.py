@@ -1,5 +1,6 @@
 """Builds the documentation site: sphinx-build -W -n -b html docs docs/_build/html"""
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ default_role = "code"  # docstrings name objects in single backticks
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
+autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]  # the parity engine's other side
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

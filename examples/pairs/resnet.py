@@ -1,49 +1,36 @@
-"""torchvision's ResNet in training mode against one in Flax NNX, whose images are NHWC in place of NCHW.
+"""Hugging Face's ResNet in training mode against one in Flax NNX, whose images are NHWC in place of NCHW.
 
     jaxgpt parity --pair examples/pairs/resnet.py
 
 Convolutions with stride 2, max-pooling, and batch norm with batch statistics: the running statistics are compared after
-the updates. The weights are random: nothing is downloaded. The stages have a sixteenth of ResNet-18's channels, and
-height and width differ, so that no swapped axis goes unseen.
+the updates. The weights are random: nothing is downloaded. The channels are few, and height and width differ, so that
+no swapped axis goes unseen.
 
 Axes: B batch, H height, W width, C channels.
 """
-
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
 import optax
 import torch
 from flax import nnx
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from jaxgpt.parity import Pair
 
-# PyPI's torchvision is compiled for CUDA. Beside PyTorch's CPU build, its detection operations are missing, and the
-# module that describes them to PyTorch's compiler fails; no model needs it.
-sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-from torchvision.models.resnet import BasicBlock, ResNet  # noqa: E402
-
 BATCH, HEIGHT, WIDTH, N_CLASSES = 5, 24, 40, 7
 N_BLOCKS = [2, 1, 1, 1]  # of each stage
+N_CHANNELS = [4, 8, 16, 32]
+N_EMBD = 8  # channels of the first convolution
 EPSILON, MOMENTUM = 1e-5, 0.1  # of batch norm, PyTorch's defaults
-
-
-class SmallResNet(ResNet):
-    """torchvision's ResNet with stages of 4, 8, 16 and 32 channels."""
-
-    def __init__(self):
-        super().__init__(BasicBlock, N_BLOCKS)
-        self.fc = torch.nn.Linear(self.inplanes, N_CLASSES)
-
-    def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, planes // 16, *args, **kwargs)
+config = ResNetConfig(
+    embedding_size=N_EMBD, hidden_sizes=N_CHANNELS, depths=N_BLOCKS, layer_type="basic", num_labels=N_CLASSES
+)
 
 
 def torch_model():
     torch.manual_seed(0)
-    model = SmallResNet()
+    model = ResNetForImageClassification(config)
     with torch.no_grad():  # norms and biases away from ones and zeros, which would hide those that are wrong
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -116,10 +103,9 @@ class Block(nnx.Module):
 
 class SmallResNetNNX(nnx.Module):
     def __init__(self, rngs):
-        self.conv, self.norm = conv(3, 64, 7, 2, rngs), BatchNorm(64)
-        blocks, n_in = [], 64
-        for stage, n_blocks in enumerate(N_BLOCKS):
-            n_out = 4 * 2**stage
+        self.conv, self.norm = conv(3, N_EMBD, 7, 2, rngs), BatchNorm(N_EMBD)
+        blocks, n_in = [], N_EMBD
+        for stage, (n_out, n_blocks) in enumerate(zip(N_CHANNELS, N_BLOCKS, strict=True)):
             for i in range(n_blocks):
                 blocks.append(Block(n_in, n_out, 2 if stage > 0 and i == 0 else 1, rngs))
                 n_in = n_out
@@ -150,13 +136,16 @@ def kernel(weight):
 
 
 def to_params(state_dict):
-    """The NNX model of torchvision's state dict. The counts of batches are left out: nothing here needs them."""
-    modules = {"conv": "conv1", "norm": "bn1", "head": "fc"}
-    names = [f"layer{stage + 1}.{i}" for stage, n_blocks in enumerate(N_BLOCKS) for i in range(n_blocks)]
-    inside = {"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2"}
-    inside |= {"shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
-    for number, name in enumerate(names):
-        modules |= {f"blocks.{number}.{ours}": f"{name}.{theirs}" for ours, theirs in inside.items()}
+    """The NNX model of Hugging Face's state dict. The counts of batches are left out: nothing here needs them."""
+    embedder = "resnet.embedder.embedder"
+    modules = {"conv": f"{embedder}.convolution", "norm": f"{embedder}.normalization", "head": "classifier.1"}
+    inside = {"conv1": "layer.0.convolution", "norm1": "layer.0.normalization"}
+    inside |= {"conv2": "layer.1.convolution", "norm2": "layer.1.normalization"}
+    inside |= {"shortcut": "shortcut.convolution", "shortcut_norm": "shortcut.normalization"}
+    stages = [(stage, i) for stage, n_blocks in enumerate(N_BLOCKS) for i in range(n_blocks)]
+    for number, (stage, i) in enumerate(stages):
+        block = f"resnet.encoder.stages.{stage}.layers.{i}"
+        modules |= {f"blocks.{number}.{ours}": f"{block}.{theirs}" for ours, theirs in inside.items()}
     last = {"scale": "weight", "kernel": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
     def tensor(path):
@@ -192,8 +181,8 @@ def is_kernel(params):
 
 pair = Pair(
     torch_model=torch_model,
-    torch_loss=lambda model, batch: torch.nn.functional.cross_entropy(model(batch["images"]), batch["labels"]),
-    torch_logits=lambda model, batch: model(batch["images"]),
+    torch_loss=lambda model, batch: model(batch["images"], labels=batch["labels"]).loss,
+    torch_logits=lambda model, batch: model(batch["images"]).logits,
     jax_loss=loss,
     jax_logits=logits,
     batch=batch,

@@ -744,7 +744,7 @@ def losses(record: OperationMode) -> Iterator[Change]:
         for smoothing in (0.1, 0.0):
             if smoothing != a.get("label_smoothing", 0.0):
                 edit = with_arguments(label_smoothing=smoothing)
-                yield Change("label smoothing", op.module, f"label smoothing {smoothing:g}", {op.index: edit})
+                yield Change("label smoothing", _of_loss(op), f"label smoothing {smoothing:g}", {op.index: edit})
         if target.is_floating_point():
             continue
         if (target == ignored).any():
@@ -753,35 +753,39 @@ def losses(record: OperationMode) -> Iterator[Change]:
                 b = bound(call)
                 return call.function(**{**b, "reduction": "sum"}) / b["target"].numel()
 
-            yield Change("ignored labels counted", op.module, "the mean over all positions", {op.index: counted})
+            yield Change("ignored labels counted", _of_loss(op), "the mean over all positions", {op.index: counted})
             for label in (0, a["input"].shape[1] - 1):
                 edit = with_arguments(target=lambda t, i=ignored, n=label: torch.where(t == i, n, t))
-                yield Change("ignored labels counted", op.module, f"as label {label}", {op.index: edit})
+                yield Change("ignored labels counted", _of_loss(op), f"as label {label}", {op.index: edit})
         n_time = record.time_of(a["input"])
         if n_time and target.numel() % n_time == 0:
+            rows = target.numel() // n_time
+            total = with_arguments(reduction="sum")
+            edit = {op.index: lambda call, total=total, n=rows: total(call) / n}
+            yield Change("loss reduction", _of_loss(op), "the sum over each row", edit)
             for text, last in (("last", True), ("first", False)):
                 edit = with_arguments(target=lambda t, n=n_time, i=ignored, last=last: _without_end(t, n, i, last))
-                yield Change(f"{text} token dropped", op.module, f"no {text} target of a row", {op.index: edit})
+                yield Change(f"{text} token dropped", _of_loss(op), f"no {text} target of a row", {op.index: edit})
             for text, by in (("the token itself", 1), ("the token after the next", -1)):
                 edit = with_arguments(target=lambda t, n=n_time, i=ignored, by=by: _shifted(t, n, i, by))
-                yield Change("label shift missing", op.module, f"{text} as target", {op.index: edit})
+                yield Change("label shift missing", _of_loss(op), f"{text} as target", {op.index: edit})
             for labels in record.integers(target.numel() // n_time, n_time):
                 edit = with_arguments(target=lambda t, y=labels: y.reshape(t.shape))
-                yield Change("label shift missing", op.module, "the labels as they are", {op.index: edit})
+                yield Change("label shift missing", _of_loss(op), "the labels as they are", {op.index: edit})
                 shifted = torch.full_like(labels, ignored)
                 shifted[:, :-1] = labels[:, 1:]
                 edit = with_arguments(target=lambda t, y=shifted: y.reshape(t.shape))
-                yield Change("label shift missing", op.module, "the labels shifted once more", {op.index: edit})
+                yield Change("label shift missing", _of_loss(op), "the labels shifted once more", {op.index: edit})
 
 
 def _reductions(op: Operation) -> Iterator[Change]:
     own = bound(op).get("reduction", "mean")
     other = "sum" if own == "mean" else "mean"
-    yield Change("loss reduction", op.module, f"{other} for {own}", {op.index: with_arguments(reduction=other)})
-    if own == "mean" and op.name == "cross_entropy":
-        batch = with_arguments(reduction="sum")
-        n = bound(op)["target"].shape[0] if bound(op)["target"].ndim else 1
-        yield Change("loss reduction", op.module, "the sum over the rows", {op.index: lambda c, n=n: batch(c) / n})
+    yield Change("loss reduction", _of_loss(op), f"{other} for {own}", {op.index: with_arguments(reduction=other)})
+
+
+def _of_loss(op: Operation) -> str:
+    return op.module or "loss"
 
 
 def _without_end(target: torch.Tensor, n_time: int, ignored: int, last: bool) -> torch.Tensor:

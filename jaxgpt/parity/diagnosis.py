@@ -92,7 +92,9 @@ def diagnose(levels: Levels, rows: Sequence[Row]) -> Diagnosis:
     checks = {row.check for row in failed if row.precision == "float64"}
     if checks & {"forward", "loss"}:
         departure = found.departure()
-        findings += found.of_forward(departure)
+        causes = found.of_forward(departure)
+        # What explains the difference comes before what the parameters alone say of it.
+        findings = [*causes, *findings] if causes and causes[0].explains else [*findings, *causes]
     elif checks & {"gradients", "gradients that are 0"}:
         findings += found.of_gradients()
     elif any(check.startswith("updates") for check in checks):
@@ -143,7 +145,8 @@ class _Diagnosis:
                         jax = ", ".join(map(path_name, mapping.paths(name)))
                         detail = "separate arrays, which receive an update each"
                         left = self.without_the_tie(name) if cause == "tie cut" else None
-                        findings.append(Finding("parameters", cause, name, detail, jax, row.value, left))
+                        layer = name.rpartition(".")[0]
+                        findings.append(Finding("parameters", cause, layer, detail, jax, row.value, left))
             elif row.check == "parameters, unmapped":
                 for name in row.note.removeprefix("unmapped: ").split(", "):
                     findings.append(

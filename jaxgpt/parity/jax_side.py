@@ -42,12 +42,9 @@ class JaxSide:
     # Parameters travel as two lists, of the trained and the fixed ones, in the order of the paths.
 
     def arrays(self, precision: str) -> tuple[list[Any], list[Any]]:
-        """The initial parameters of a precision; running statistics stay float32 in bfloat16, as in PyTorch."""
-        fixed = "float32" if precision == "bfloat16" else precision
-        return (
-            [jnp.asarray(self.flat[path], precision) for path in self.trained],
-            [jnp.asarray(self.flat[path], fixed) for path in self.fixed],
-        )
+        """The initial parameters of a precision."""
+        trained = [jnp.asarray(self.flat[path], precision) for path in self.trained]
+        return trained, [jnp.asarray(self.flat[path], precision) for path in self.fixed]
 
     def batch(self, batch: BatchArrays, precision: str) -> dict[str, Any]:
         dtypes = {"f": precision, "i": "int32", "u": "int32", "b": "bool"}

@@ -184,7 +184,8 @@ def optimizer_changes(
             ("matrices", "decay of matrices alone"),
             ("vectors", "decay of vectors alone"),
         ):
-            add("decay mask", text, decay=of)
+            if of != "all" or len(decays) > 1:
+                add("decay mask", text, decay=of)
         add("decay missing", "no decay", decay="none")
         for decay in DECAYS[1:]:
             if decay not in decays:

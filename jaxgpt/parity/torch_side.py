@@ -371,8 +371,10 @@ class TorchSide:
         if precision not in self._models:
             model = self._built(torch.float64 if precision == "float64" else torch.float32)
             if precision == "bfloat16":
-                for parameter in model.parameters():  # tables that the model computes keep their digits
-                    parameter.data = parameter.data.to(dtype)
+                tensors = dict([*model.named_parameters(), *model.named_buffers()])
+                for name, tensor in tensors.items():  # tables that the model computes keep their digits
+                    if name in self.state and tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
             else:
                 model.to(dtype)
             self._models[precision] = model

@@ -181,6 +181,8 @@ NAMES: dict[str, list[str | None]] = {
     "surprise": [MISSING, "", "l", SURROGATE],
     "mutant": [MISSING, "none-of-these"],
     "end_to_end": [MISSING, "minigtp", "Minigpt", NUL],
+    "pair": [MISSING, "", "folder", "good.txt", "good.txt:pair", NUL],
+    "html": NEW_FILES,
     "out_dir": NEW_FOLDERS,
     "data_dir": DATA_DIRS,
     "weights": INPUT_FILES,
@@ -233,6 +235,7 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("parity", "checkpoint"): ["--run=run"],
     ("parity", "data_dir"): ["--run=run"],
     ("parity", "seeds"): ["--end-to-end=minigpt"],
+    ("parity", "html"): ["--pair=pair.py"],
 }
 # Messages that name the file and its columns.
 NAMED = {
@@ -395,6 +398,7 @@ def contradictory() -> Iterator[BadInput]:
         *(("--run=run", "--quick"), ("--mutants", "--locate"), ("--end-to-end=minigpt", "--mutant=x")),
         *(("--docs", "--quick"), ("--docs", "--run=run"), ("--seeds=3", "--quick"), ("--data-dir=folder", "--quick")),
         *(("--checkpoint=best", "--quick"), ("--json=x.png", "--quick"), ("--seeds=0", "--end-to-end=minigpt")),
+        *(("--html=x.html", "--quick"), ("--pair=x.py", "--mutants"), ("--docs", "--pair=x.py")),
     ):
         yield _line("parity", f"{first} {second}", first.partition("=")[0])
     for words, named in (

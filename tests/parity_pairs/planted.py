@@ -383,7 +383,7 @@ LLAMA = [
     llama(
         "two layers swapped",
         converter(lambda params: {**params, "layers": [params["layers"][i] for i in (1, 0, 2)]}),
-        r"model\.layers\.0\..*",
+        r"model\.layers\.0(\..*)?",
         "layers swapped",
     ),
     llama(
@@ -652,7 +652,7 @@ BERT = [
     bert(
         "two blocks swapped",
         converter(bert_blocks_swapped),
-        r"bert\.encoder\.layer\.0\..*",
+        r"bert\.encoder\.layer\.0(\..*)?",
         "layers swapped",
     ),
     bert(
