@@ -47,10 +47,10 @@ class ParityFlags:
 
     def __post_init__(self):
         modes = {"--pair": self.pair, "--run": self.run, "--mutants": self.mutants, "--end-to-end": self.end_to_end}
-        given = [name for name, value in modes.items() if value]
+        given = [name for name, value in modes.items() if value not in (None, False)]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: each is a run of its own; give one of them")
-        suite_only = {"--quick": self.quick and not self.pair, "--locate": self.locate, "--mutant": self.mutant}
+        suite_only = {"--quick": self.quick and self.pair is None, "--locate": self.locate, "--mutant": self.mutant}
         for name, value in suite_only.items():
             if given and value:
                 raise UserError(f"{name}: has an effect on the suite only; leave it out, or leave out {given[0]}")
@@ -60,9 +60,9 @@ class ParityFlags:
             raise UserError("--checkpoint: has an effect only with --run; add it, or leave it out")
         if self.seeds != 5 and not self.end_to_end or self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: give at least 1, and --end-to-end with it")
-        if self.html and not self.pair:
+        if self.html and self.pair is None:
             raise UserError("--html: has an effect only with --pair; add it, or leave it out")
-        if self.docs and (self.pair or self.run or self.mutant or self.quick):
+        if self.docs and (self.pair is not None or self.run or self.mutant or self.quick):
             raise UserError(
                 "--docs: the page shows the whole suite, --mutants and --end-to-end; leave out what goes with it"
             )
@@ -72,13 +72,13 @@ class ParityFlags:
             require_writable("--json", self.json)
             if self.json.suffix == ".png":
                 raise UserError(f"--json {self.json}: the picture beside it would have the same name; end it in .json")
-        if self.end_to_end and self.end_to_end not in PRESETS:
+        if self.end_to_end is not None and self.end_to_end not in PRESETS:
             raise UserError(f"--end-to-end {self.end_to_end}: unknown preset; choose of {', '.join(PRESETS)}")
 
 
 def main(args: list[str]) -> int:
     flags = parse_flags(ParityFlags, args, __doc__, "jaxgpt parity")
-    if flags.pair:
+    if flags.pair is not None:
         return compare_pair(flags, flags.pair)
     import_from_checkout("parity_tests")
     require_torch()

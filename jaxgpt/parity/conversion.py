@@ -1,12 +1,13 @@
 """How each leaf of a JAX parameter tree is made from a PyTorch state dict: array steps, and their printing as code."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from jaxgpt import strict_json
 
 Path = tuple[str | int, ...]
 # Marks around a torch name within an expression, so that the loops of `code` can replace its numbers.
@@ -256,7 +257,7 @@ def _node_lines(node: "dict | Source", variables: str) -> list[str]:
             lines += _indented(["**{", *_indented(entry), "},"])
             continue
         for key, child in zip(run, children, strict=True):
-            label = json.dumps(key) if isinstance(key, str) else str(key)
+            label = strict_json.dumps(key) if isinstance(key, str) else str(key)
             lines += _indented(_with_comma([f"{label}: {child[0]}", *child[1:]]))
     return [*lines, "}"]
 
@@ -339,7 +340,7 @@ def _finished(text: str) -> str:
     """The text with marked names as string literals, or f-strings where a loop's variable is in them."""
 
     def literal(match: re.Match[str]) -> str:
-        text = json.dumps(match[1], ensure_ascii=False)
+        text = strict_json.dumps(match[1], ensure_ascii=False)
         return f"f{text}" if "{" in text else text
 
     return re.sub(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}", literal, text)

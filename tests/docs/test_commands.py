@@ -51,7 +51,6 @@ NOT_RUN = {
     ("docs/interop.md", "jaxgpt convert export RUN --to nanogpt --out out/ckpt.pt"),
     ("docs/parity.md", "python scripts/parity.py"),
     ("docs/porting.md", "pip install torch transformers"),
-    ("docs/porting.md", "jaxgpt parity --pair examples/pairs/llama.py"),
     ("docs/quick-start.md", "make env"),
     ("docs/quick-start.md", "python -m venv .venv && source .venv/bin/activate"),
     ("docs/quick-start.md", 'make train ARGS="--steps 1"'),
