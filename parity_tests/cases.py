@@ -6,8 +6,6 @@ are bound at import, so that a mutant changes the JAX side alone.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -37,19 +35,6 @@ N_TOKENS = 2003
 SIZES = ModelConfig(n_layer=2, n_head=5, n_embd=40, block_size=17)
 BATCH = 6
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
-
-
-def prepare_torch(on: bool = True) -> None:
-    """Sets PyTorch up as XLA computes on a CPU: it flushes denormal numbers to 0, in this thread and for numpy too."""
-    torch.set_flush_denormal(on)
-    torch.set_float32_matmul_precision("highest")
-
-
-@contextmanager
-def precision_of(precision: str) -> Iterator[None]:
-    """Enables float64 for float64 and disables it otherwise; matrix products keep full precision in both."""
-    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
-        yield
 
 
 @dataclass(frozen=True)

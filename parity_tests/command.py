@@ -15,8 +15,8 @@ from jaxgpt.parity.harness import Row
 from jaxgpt.parity.locate import first_departure
 from jaxgpt.parity.mutants import caught
 from jaxgpt.parity.suite import CheckResult, in_processes
+from jaxgpt.parity.torch_side import prepare_torch
 from parity_tests import docs_page, locate, mutants
-from parity_tests.cases import prepare_torch
 from parity_tests.checks import whole_runs
 from parity_tests.suite import prepare_process, run_suite
 from parity_tests.tolerances import TOLERANCES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parity_tests.cases import prepare_torch
+from jaxgpt.parity.torch_side import prepare_torch
 from parity_tests.suite import prepare_jax
 
 prepare_jax()

@@ -17,6 +17,7 @@ import torch
 from jaxgpt.interop.torch_names import optimizer_to_torch
 from jaxgpt.model.gpt import GPT
 from jaxgpt.parity.harness import Row, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.parity.locate import Compared
 from parity_tests.cases import (
     SIZES,
@@ -26,7 +27,6 @@ from parity_tests.cases import (
     flax_params,
     flax_results,
     objective_of,
-    precision_of,
     small,
     torch_batch,
     torch_masks,

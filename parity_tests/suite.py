@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from jaxgpt.parity.suite import CheckResult, Suite
+from jaxgpt.parity.torch_side import prepare_torch
 from parity_tests import mutants, pictures
-from parity_tests.cases import prepare_torch
 from parity_tests.checks import (
     accelerator,
     bfloat16,
@@ -21,6 +21,7 @@ from parity_tests.checks import (
     ops,
     optimizer,
     packing,
+    pairs,
     randomness,
     trajectories,
     whole_model,
@@ -80,6 +81,7 @@ SUITE = Suite(
             files.check_resume_across,
             gpt2.check_gpt2,
             gpt2.check_nanogpt_names,
+            pairs.check_pairs,
             whole_runs.check_end_to_end,
             accelerator.check_accelerator,
         )

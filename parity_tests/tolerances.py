@@ -5,6 +5,7 @@ The measured values are the worst of two CPU cores with jax 0.10.1 on Python 3.1
 2.13. "R" is the root mean square of our error over PyTorch's own, both against PyTorch in float64.
 """
 
+from jaxgpt.parity import levels
 from jaxgpt.parity.tolerances import NOTHING_MAY_RAISE, RAISED, Tolerance, Tolerances
 
 _SUMS_64 = "sums of at most a few hundred terms, each rounded by 1e-16"
@@ -177,6 +178,8 @@ _TABLE: dict[tuple[str, str], Tolerance] = {
     ("TPU gradients", "bfloat16, TPU"): Tolerance(2.0, None, "the same casts, splash attention in place of ours"),
     (RAISED, "any"): Tolerance(NOTHING_MAY_RAISE, 0.0, "nothing may raise"),
 }
-TOLERANCES = Tolerances(_TABLE)
+# Our GPT as a pair is held against what any pair is held against.
+_PAIRS = {(f"pair: {check}", precision): tolerance for (check, precision), tolerance in levels.TOLERANCES.items()}
+TOLERANCES = Tolerances(_TABLE | _PAIRS)
 # What the checks make their rows with.
 row, error_row, ratio_row = TOLERANCES.row, TOLERANCES.error_row, TOLERANCES.ratio_row

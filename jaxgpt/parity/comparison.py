@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from jaxgpt.parity import report
-from jaxgpt.parity.changes import Change, all_changes
+from jaxgpt.parity.changes.base import Change
+from jaxgpt.parity.changes.catalogue import all_changes
 from jaxgpt.parity.diagnosis import Diagnosis, diagnose
 from jaxgpt.parity.harness import Row
 from jaxgpt.parity.levels import LEVELS, TOLERANCES, Levels, gradient_row, update_rows
@@ -150,15 +151,7 @@ def compare(pair: Pair, mutants: bool = True, say: Callable[[str], None] = lambd
     prepare_torch()
     torch.set_num_threads(1)  # small models: threads cost more than they give, and sums keep their order
     try:
-        say("both models, from the same weights")
-        sides = prepare(pair, say)
-        levels = Levels(sides)
-        levels.check_finite()
-        levels.check_shapes()
-        rows: list[Row] = []
-        for level in LEVELS:
-            say(f"level {level}")
-            rows.extend(levels.rows(level))
+        levels, rows = compare_levels(pair, say)
         found, planted = Diagnosis(None, []), []
         if any(row.status == "FAILED" for row in rows):
             say("diagnosis")
@@ -169,8 +162,21 @@ def compare(pair: Pair, mutants: bool = True, say: Callable[[str], None] = lambd
     finally:
         prepare_torch(False)
         torch.set_num_threads(n_threads)
-    seconds = time.perf_counter() - begun
+    seconds, sides = time.perf_counter() - begun, levels.sides
     return Comparison(pair.name or "pair", rows, found, planted, sides.converter, seconds, list(_notes(sides)))
+
+
+def compare_levels(pair: Pair, say: Callable[[str], None] = lambda line: None) -> tuple[Levels, list[Row]]:
+    """The rows of every level, in a process that `prepare_torch` has set up. Raises `PairError` as `compare` does."""
+    say("both models, from the same weights")
+    levels = Levels(prepare(pair, say))
+    levels.check_finite()
+    levels.check_shapes()
+    rows: list[Row] = []
+    for level in LEVELS:
+        say(f"level {level}")
+        rows.extend(levels.rows(level))
+    return levels, rows
 
 
 def plant(levels: Levels) -> Iterator[PairMutant]:

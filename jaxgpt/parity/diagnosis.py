@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.parity.changes import Change, all_changes, gradient_changes, grouped, running_statistics
+from jaxgpt.parity.changes.base import Change, grouped
+from jaxgpt.parity.changes.catalogue import all_changes
+from jaxgpt.parity.changes.gradients import gradient_changes
+from jaxgpt.parity.changes.norms import running_statistics
 from jaxgpt.parity.graph import Value, first_departure, matches
 from jaxgpt.parity.harness import Row, rms
 from jaxgpt.parity.levels import Levels, relative, update_rows
@@ -279,11 +282,18 @@ class _Diagnosis:
         buffers = [n for n in truth.buffers if self.sides.mapping.paths(n) and self.sides.jax.structure.is_nnx]
 
         def left_of(trajectory: Any) -> float:
+            """The worst row, with another trajectory in place of PyTorch's."""
             values = [row.value for row in update_rows("", ours, trajectory, state, names)]
             values += [
                 relative(ours.buffers[n], trajectory.buffers[n]) for n in buffers if self.sides.jax.structure.is_nnx
             ]
             return max(values)
+
+        def left_with(**changes: Any) -> float:
+            try:
+                return left_of(self.sides.torch.train(batches, "float64", **changes))
+            except Exception:  # a change may not fit this model
+                return math.inf
 
         error = left_of(truth)
         first = {name: truth.params[0][name] for name in names}
@@ -291,10 +301,10 @@ class _Diagnosis:
         factors = [] if factor is None else [factor, float(f"{factor:.3g}")]
         tried: list[tuple[float, OptimizerChange | Change]] = []
         for change in optimizer_changes(self.sides.torch, batches, truth, factors):
-            tried.append((left_of(self.sides.torch.train(batches, "float64", change.make_update)), change))
+            tried.append((left_with(make_update=change.make_update), change))
         edits = list(running_statistics(self.record))
         for change in [*edits, *grouped(edits)]:
-            tried.append((left_of(self.sides.torch.train(batches, "float64", edits=change.edits)), change))
+            tried.append((left_with(edits=change.edits), change))
         tried = [(left if math.isfinite(left) else math.inf, change) for left, change in tried]
         tried.sort(key=lambda item: (item[0] > 1e-7, item[0] if item[0] > 1e-7 else 0))
         good = [(left, change) for left, change in tried if left <= 1e-7] or [

@@ -261,12 +261,13 @@ def _has_float32(jaxpr: Any) -> bool:
 
 
 def place(equation: Any) -> str:
-    """FILE:LINE (FUNCTION) of the user's code that gave an equation, then its `named_scope`; "" of none."""
+    """FILE:LINE (FUNCTION) of the user's code that gave an equation, then its `named_scope` and its `checkpoint_name`."""
     source = equation.source_info
     frames = getattr(source.traceback, "frames", ()) if source.traceback else ()
     named = (f"{Path(f.file_name).name}:{f.line_num} ({_function(f)})" for f in frames if is_users(f.file_name))
     scope = str(source.name_stack)
-    return next(named, "") + (f" in {scope}" if scope else "")
+    name = equation.params["name"] if equation.primitive.name == "name" else ""
+    return next(named, "") + (f" in {scope}" if scope else "") + (f", named {name}" if name else "")
 
 
 def _function(frame: Any) -> str:

@@ -145,7 +145,7 @@ def draw_batches(pair: Pair, count: int, seed: int = 0) -> list[dict[str, np.nda
 
 
 def load_pair(argument: str) -> Pair:
-    """The pair of `FILE` or `FILE:NAME`, whose folder is importable as that of a script is.
+    """The pair of `FILE` or `FILE:NAME`. It may import what lies in its own folder, and in the current one.
 
     Raises:
         UserError: no such file, a file that raises, no pair in it, or several and none named.
@@ -161,7 +161,8 @@ def load_pair(argument: str) -> Pair:
         raise UserError(f"--pair {file}: is no Python file; give one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    # They stay there: the pair's functions may import when they are called.
+    sys.path[:0] = [folder for folder in (str(path.resolve().parent), str(Path.cwd())) if folder not in sys.path]
     try:
         spec.loader.exec_module(module)
     except UserError as e:
@@ -173,8 +174,6 @@ def load_pair(argument: str) -> Pair:
         line = e.lineno if isinstance(e, SyntaxError) else where[-1] if where else None
         at = f" in line {line}" if line else ""
         raise UserError(f"--pair {file}: raises {type(e).__name__}: {first_line(e)}{at}; mend it there") from None
-    finally:
-        sys.path.pop(0)
     pairs = {key: value for key, value in vars(module).items() if isinstance(value, Pair)}
     if wanted:
         if wanted not in pairs:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from jaxgpt.parity.derive import TorchTensor
@@ -19,7 +21,9 @@ SEED = 0
 PASSING = {
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "to",
     "double", "float", "dropout", "dropout_", "clone", "chunk", "split", "__getitem__", "movedim", "unbind", "expand",
+    "t", "swapaxes", "detach", "type_as", "T", "mT", "data",
 }  # fmt: skip
+VIEWS = {"T", "mT", "data"}  # attributes that are tensors
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 UNCOUNTED = {"__get__", "__set__", "__delete__", "size", "dim", "numel", "__len__", "is_floating_point", "stride"}
 
@@ -119,12 +123,16 @@ class OperationMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if name == "__get__" and func.__self__.__name__ in VIEWS:
+            name = func.__self__.__name__
         if name in UNCOUNTED:
             return func(*args, **kwargs)
         if self.lift:
             if name == "float":
                 func, args = torch.Tensor.double, args[:1]
             args, kwargs = _lifted(args), _lifted(kwargs)
+        if func is F.multi_head_attention_forward:
+            return self.inside(func, args, kwargs)
         index = len(self.outputs)
         self.outputs.append(None)
         edit = self.edits.get(index)
@@ -133,6 +141,12 @@ class OperationMode(TorchFunctionMode):
         if self.recording:
             self.record(index, name, args, kwargs, out)
         return out
+
+    def inside(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls a function of torch.nn.functional that consists of others, and counts those."""
+        # Without this answer the function would come back here as a whole.
+        with patch.object(F, "has_torch_function", lambda tensors: False), self:
+            return function(*args, **kwargs)
 
     def record(self, index: int, name: str, args: Any, kwargs: Any, out: Any) -> None:
         taken = [t for t in _tensors((args, kwargs))]
@@ -195,11 +209,39 @@ class OperationMode(TorchFunctionMode):
         """The operation that gave a tensor of this record; None for a parameter or what came from outside."""
         return self.source.get(id(tensor))
 
+    def place_of(self, tensor: Any) -> tuple[int, int | None] | None:
+        """The operation that gave a tensor, and which of its outputs it is, None if there is one."""
+        index = self.source_of(tensor)
+        if index is None:
+            return None
+        output = self.operations[index].output
+        if isinstance(output, torch.Tensor):
+            return index, None
+        return next(((index, i) for i, t in enumerate(output) if t is tensor), None)
+
+    def value_at(self, place: tuple[int, int | None]) -> Any:
+        """The output of this run at a place of a recorded one."""
+        index, which = place
+        return self.outputs[index] if which is None else self.outputs[index][which]
+
     def skip_back(self, index: int) -> int:
         """The operation itself, or the one before it where it only passes its input on: dropout, a cast."""
         while self.operations[index].name in PASSING and self.operations[index].inputs:
             index = self.operations[index].inputs[0]
         return index
+
+    def root_of(self, tensor: Any) -> int | None:
+        """The operation that computed a tensor, before those that only passed it on."""
+        index = self.source_of(tensor)
+        return None if index is None else self.skip_back(index)
+
+    def depends(self, index: int, on: int) -> bool:
+        """Whether an operation's output is computed from that of an earlier one."""
+        reached = {on}
+        for op in self.operations[on + 1 : index + 1]:
+            if reached & set(op.inputs):
+                reached.add(op.index)
+        return index in reached
 
     def call_around(self, index: int) -> ModuleCall | None:
         """The innermost call of a module that an operation is part of."""
@@ -459,8 +501,9 @@ class TorchSide:
         losses, params, memory = [], [], {}
         for step, batch in enumerate(batches):
             optimizer.zero_grad(set_to_none=True)
+            tensors = self.batch(batch, precision)  # outside the mode, which counts operations
             with self.mode(model, precision, edits):
-                loss = self.loss(model, self.batch(batch, precision))
+                loss = self.loss(model, tensors)
             loss.backward()
             losses.append(float(loss.detach()))
             update = Update(self.pair, model, optimizer, schedule, step, memory)

@@ -16,9 +16,10 @@ from jaxgpt import parallel
 from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.objective import LanguageModelingObjective
 from jaxgpt.parity.harness import Row, own_errors
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.presets import PRESETS
 from jaxgpt.train_step import SINGLE_DEVICE, TrainState, train_step
-from parity_tests.cases import BATCH, Case, Results, flax_params, flax_results, precision_of, torch_results
+from parity_tests.cases import BATCH, Case, Results, flax_params, flax_results, torch_results
 from parity_tests.tolerances import ratio_row, row
 
 CASES = {  # by platform: the precision and the case of the rows

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxgpt.parity.harness import Row, checked, own_errors, ratio, rms
-from parity_tests.cases import Case, Results, flax_results_of, precision_of, small, torch_results
+from jaxgpt.parity.jax_side import precision_of
+from parity_tests.cases import Case, Results, flax_results_of, small, torch_results
 from parity_tests.checks.whole_model import FLOOR
 from parity_tests.tolerances import error_row, ratio_row, row
 

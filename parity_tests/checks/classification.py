@@ -19,9 +19,10 @@ from jaxgpt.interop.torch_names import from_torch, to_torch
 from jaxgpt.model.gpt import Numerics
 from jaxgpt.objective import ClassificationObjective
 from jaxgpt.parity.harness import Row, max_abs, own_errors, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.tasks.classification import scores
 from jaxgpt.train_step import SINGLE_DEVICE, TrainState, train_step
-from parity_tests.cases import SIZES, VOCAB, masks_of, precision_of
+from parity_tests.cases import SIZES, VOCAB, masks_of
 from parity_tests.checks.trajectories import STEPS
 from parity_tests.tolerances import error_row, ratio_row, row
 from torch_ref import finetune as reference

@@ -13,6 +13,7 @@ from jaxgpt import parallel
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.parity.harness import Row, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from jaxgpt.train_step import TrainState, train_step
 from parity_tests.cases import (
@@ -22,7 +23,6 @@ from parity_tests.cases import (
     TorchTraining,
     flax_params,
     objective_of,
-    precision_of,
     small,
     torch_model,
     torch_results,

@@ -13,8 +13,9 @@ import safetensors.torch
 
 from jaxgpt.interop import torch_names
 from jaxgpt.parity.harness import Row, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.train_step import TrainState
-from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, precision_of, small
+from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, small
 from parity_tests.checks.optimizer import without_epsilon
 from parity_tests.checks.trajectories import cases as trajectory_cases
 from parity_tests.checks.trajectories import torch_trajectory

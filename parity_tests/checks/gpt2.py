@@ -18,6 +18,7 @@ from jaxgpt.interop.torch_names import tutorial_names
 from jaxgpt.model import sampling as ours
 from jaxgpt.model.loss import perplexity
 from jaxgpt.parity.harness import Row, max_abs, own_errors, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from parity_tests.cases import (
     BATCH,
     SIZES,
@@ -27,7 +28,6 @@ from parity_tests.cases import (
     flax_params,
     flax_results,
     objective_of,
-    precision_of,
     torch_batch,
     torch_model,
 )

@@ -13,6 +13,7 @@ from jaxgpt.analysis import comparison, diagnostics
 from jaxgpt.config import ModelConfig
 from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.parity.harness import Row, max_abs
+from jaxgpt.parity.jax_side import precision_of
 from parity_tests.cases import (
     SIZES,
     Case,
@@ -20,7 +21,6 @@ from parity_tests.cases import (
     TorchTraining,
     flax_params,
     objective_of,
-    precision_of,
     preset_case,
     small,
     torch_batch,

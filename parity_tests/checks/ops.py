@@ -21,6 +21,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model import gpt, loss
 from jaxgpt.model.attention import MIN_BLOCK
 from jaxgpt.parity.harness import Row, max_abs, own_errors, relative_l2, tensor_ratios, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from parity_tests.cases import (
     BATCH,
     SIZES,
@@ -29,7 +30,6 @@ from parity_tests.cases import (
     Case,
     flax_params,
     objective_of,
-    precision_of,
     small,
     torch_model,
 )

@@ -19,8 +19,9 @@ from jaxgpt import optimizer as ours
 from jaxgpt.config import ModelConfig, TrainConfig
 from jaxgpt.interop.torch_names import from_torch, optimizer_from_torch, optimizer_to_torch, to_torch
 from jaxgpt.parity.harness import Row, checked, rms, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.presets import PRESETS
-from parity_tests.cases import VOCABULARIES, Case, flax_params, objective_of, precision_of, torch_model
+from parity_tests.cases import VOCABULARIES, Case, flax_params, objective_of, torch_model
 from parity_tests.tolerances import row
 from torch_ref import train_step as reference
 

@@ -12,8 +12,9 @@ from jaxgpt.data import sampler
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.model import loss
 from jaxgpt.parity.harness import Row
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.tasks.language_modeling import whole_split_loss
-from parity_tests.cases import SIZES, Case, FlaxTraining, precision_of, small, torch_model
+from parity_tests.cases import SIZES, Case, FlaxTraining, small, torch_model
 from parity_tests.tolerances import row
 from torch_ref.train import in_order, validation_loss
 from torch_ref.train import whole_split_loss as torch_whole_split

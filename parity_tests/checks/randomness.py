@@ -20,9 +20,10 @@ from jaxgpt.interop.torch_names import to_torch
 from jaxgpt.model import gpt
 from jaxgpt.model import sampling as ours
 from jaxgpt.parity.harness import Row
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.presets import PRESETS
 from jaxgpt.rng import SAMPLE, stream_key
-from parity_tests.cases import SIZES, VOCAB, Case, flax_params, objective_of, precision_of, small, torch_model
+from parity_tests.cases import SIZES, VOCAB, Case, flax_params, objective_of, small, torch_model
 from parity_tests.tolerances import row
 from torch_ref.generate import generate, log_probabilities
 

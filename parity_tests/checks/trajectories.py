@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.parity.harness import Row, own_errors, ratio, rms, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.presets import PRESETS
-from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, precision_of, preset_case, preset_cases, small
+from parity_tests.cases import SIZES, Case, FlaxTraining, TorchTraining, preset_case, preset_cases, small
 from parity_tests.checks.optimizer import without_epsilon
 from parity_tests.checks.packing import documents_case
 from parity_tests.tolerances import row

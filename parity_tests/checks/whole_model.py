@@ -12,6 +12,7 @@ import torch
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.model import loss
 from jaxgpt.parity.harness import Row, max_abs, own_errors, rms, tensor_ratios, worst_tensor
+from jaxgpt.parity.jax_side import precision_of
 from jaxgpt.tasks.language_modeling import whole_split_loss
 from parity_tests.cases import (
     SIZES,
@@ -19,7 +20,6 @@ from parity_tests.cases import (
     FlaxTraining,
     Results,
     flax_results,
-    precision_of,
     preset_cases,
     small,
     torch_model,
