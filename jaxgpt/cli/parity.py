@@ -105,7 +105,7 @@ def compare_pair(flags: ParityFlags, argument: str) -> int:
         raise UserError(f"--pair {argument}: {e}") from e
     print(comparison.text())
     if comparison.converter:
-        print(f"\nThe derived converter, to keep as the pair's to_params:\n\n{comparison.converter}")
+        print(f"\nThe derived converter, to keep as the pair's to_params beside jax_params:\n\n{comparison.converter}")
     print(f"{comparison.name}: {'equal' if comparison.passed else 'NOT EQUAL'}, in {comparison.seconds:.1f} s")
     if flags.json:
         write_text("--json", flags.json, strict_json.dumps(comparison.to_json(), indent=1) + "\n")

@@ -14,10 +14,10 @@ from jaxgpt.parity.changes.base import Change, grouped
 from jaxgpt.parity.changes.catalogue import all_changes
 from jaxgpt.parity.changes.gradients import gradient_changes
 from jaxgpt.parity.changes.norms import running_statistics
+from jaxgpt.parity.changes.optimizers import OptimizerChange, estimated_factor, optimizer_changes
 from jaxgpt.parity.graph import Value, first_departure, matches
 from jaxgpt.parity.harness import Row, rms
 from jaxgpt.parity.levels import Levels, relative, update_rows
-from jaxgpt.parity.optimizer_changes import OptimizerChange, estimated_factor, optimizer_changes
 from jaxgpt.parity.params import path_name
 from jaxgpt.parity.torch_side import Edit
 
@@ -206,9 +206,11 @@ class _Diagnosis:
                 if left <= REMOVED:
                     together = "together with the other"
                     return [self.finding("forward", change, error, left, together) for change in (one, other)]
-        for change in first[:1]:
+        partial = [(left, change) for left, change in tried if change in first and left <= HELPS * error]
+        if partial:
+            left, change = min(partial, key=lambda item: item[0])
             more = "it moves the departure on, something else is left"
-            return [self.finding("forward", change, error, self.loss_error(change.edits), more)]
+            return [self.finding("forward", change, error, left, more)]
         return [Finding("forward", "unknown", departure.layer, UNTOLD, departure.jax, error, None)]
 
     def finding(self, level: str, change: Change, error: float, left: float, more: str = "") -> Finding:

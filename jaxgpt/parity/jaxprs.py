@@ -261,7 +261,7 @@ def _has_float32(jaxpr: Any) -> bool:
 
 
 def place(equation: Any) -> str:
-    """FILE:LINE (FUNCTION) of the user's code that gave an equation, then its `named_scope` and its `checkpoint_name`."""
+    """FILE:LINE (FUNCTION) of the user's code that gave an equation, then its `named_scope` and `checkpoint_name`."""
     source = equation.source_info
     frames = getattr(source.traceback, "frames", ()) if source.traceback else ()
     named = (f"{Path(f.file_name).name}:{f.line_num} ({_function(f)})" for f in frames if is_users(f.file_name))

@@ -29,8 +29,9 @@ class Pair:
         batch: draws a batch from a `numpy.random.Generator`: a dict of numpy arrays, the same for both sides.
             Integers reach PyTorch as int64 and JAX as int32, floats in the dtype of the precision.
         to_params: makes the JAX parameters of a PyTorch `state_dict` of numpy arrays.
-        jax_params: where `to_params` is not given: builds JAX parameters of any values. The engine derives the
-            converter from their names and shapes, and prints it.
+        jax_params: builds JAX parameters of any values. Without `to_params` the engine derives the converter from
+            their names and shapes, and prints it. With it they give the form: `to_params` may then return nested
+            dicts and lists of arrays, as the printed converter does, where the form is a module.
         torch_logits, jax_logits: (model, batch) and (params, batch) -> the model's output, for the level "forward".
         torch_optimizer: builds the optimizer of a model, for the level "updates".
         torch_schedule: builds the learning rate scheduler of that optimizer; it steps after each update.
@@ -67,9 +68,9 @@ class Pair:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise UserError(f"Pair {name}: is no function; give a function, or leave it out")
-        if (self.to_params is None) == (self.jax_params is None):
+        if self.to_params is None and self.jax_params is None:
             remedy = "give to_params, or jax_params to have the converter derived"
-            raise UserError(f"Pair to_params, jax_params: exactly one of the two is needed; {remedy}")
+            raise UserError(f"Pair to_params, jax_params: one of the two is needed; {remedy}")
         if (self.torch_logits is None) != (self.jax_logits is None):
             raise UserError("Pair torch_logits, jax_logits: one is given without the other; give both, or neither")
         if (self.torch_optimizer is None) != (self.optax_optimizer is None):

@@ -1,8 +1,9 @@
 """Both sides of a pair, from the same weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,12 @@ def prepare(pair: Pair, say: Callable[[str], None] = lambda line: None) -> Sides
         def convert(state: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
             with precision_of("float64"):  # nothing may be rounded on the way
                 structure, flat = params.split(call(pair, "to_params", state), "to_params")
-            structures.append(structure)
+            if form is not None:
+                _require_same_paths(form, flat)
+            structures.append(form or structure)
             return flat
+
+        form = None if pair.jax_params is None else _form(pair)[0]
 
     flat = convert({name: np.array(array) for name, array in torch.state.items()})
     for path, array in flat.items():
@@ -82,12 +87,26 @@ def prepare(pair: Pair, say: Callable[[str], None] = lambda line: None) -> Sides
     return Sides(pair, torch, JaxSide(pair, structures[0], flat, trained), mapping, batches, code)
 
 
+def _form(pair: Pair) -> tuple[Structure, dict[Path, np.ndarray]]:
+    """The form of the JAX parameters that the pair builds, and their arrays of any values."""
+    with precision_of("float32"):
+        return params.split(call(pair, "jax_params"), "jax_params")
+
+
+def _require_same_paths(form: Structure, flat: Mapping[Path, Any]) -> None:
+    """Raises `PairError` unless a converter gives the arrays of the form, and no others."""
+    wanted = {path for path in form.order if path not in form.others}
+    for text, paths in (("lacks", wanted - set(flat)), ("has also", set(flat) - wanted)):
+        if paths:
+            names = ", ".join(sorted(map(path_name, paths))[:4])
+            raise PairError(f"Pair to_params: {text} {names}; give the arrays that jax_params has")
+
+
 def _derived(
     pair: Pair, torch: TorchSide, batch: Batch, structures: list[Structure], say: Callable[[str], None]
 ) -> Derived:
     """The converter of a pair that gives none: what names and shapes leave open, the loss in float64 decides."""
-    with precision_of("float32"):
-        structure, leaves = params.split(call(pair, "jax_params"), "jax_params")
+    structure, leaves = _form(pair)
     structures.append(structure)
     truth = torch.results(batch, "float64", logits=False, grads=False).loss
     side = JaxSide(pair, structure, leaves, list(leaves))

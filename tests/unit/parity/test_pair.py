@@ -67,6 +67,10 @@ def test_a_converter_is_derived_and_printed():
     state = random_state()
     equal = jax.tree.map(lambda a, b: bool((a == b).all()), names["to_params"](state), to_params(state))
     assert all(jax.tree.leaves(equal))
+    kept = changed(
+        to_params=names["to_params"], jax_params=pair.jax_params, torch_optimizer=None, optax_optimizer=None, clip=None
+    )
+    assert compare(kept, mutants=False).passed
 
 
 def random_state() -> dict[str, np.ndarray]:
@@ -89,6 +93,7 @@ WRONG = {
     "a loss of JAX that raises": ({"jax_loss": lambda p, b: p["tail"]}, "jax_loss: raises KeyError: 'tail' (test_pair"),
     "no model": ({"torch_model": lambda: 3}, "torch_model: gives int"),
     "no parameters": ({"to_params": lambda s: {"a": 1}}, "to_params: gives dict without an array"),
+    "an array too few": ({"jax_params": lambda: {**to_params(random_state()), "z": np.zeros(2)}}, "to_params: lacks z"),
     "parameters of elsewhere": ({"to_params": lambda s: {"a": np.zeros(3)}}, "no array holds a PyTorch parameter"),
 }  # fmt: skip
 
@@ -105,7 +110,6 @@ def test_a_wrong_pair_is_one_line_with_a_remedy(name):
     "fields",
     [
         {"to_params": None},
-        {"jax_params": dict},
         {"torch_logits": None},
         {"optax_optimizer": None},
         {"clip": -1.0},
