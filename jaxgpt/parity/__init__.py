@@ -3,9 +3,9 @@
 It knows neither model. A user gives a `Pair`; `jaxgpt parity --pair FILE` and the pytest fixture `parity` compare it:
 
 - pair, torch_side, jax_side, params, mapping, sides: the two models, from the same weights
-- naming, layouts, conversion, derive: the converter, where none is given
+- derive: the converter, where none is given
 - levels: parameters, forward, loss, gradients, updates
-- graph, jaxprs, changes, optimizer_changes, diagnosis: where the pair departs, and why
+- graph, jaxprs, changes, diagnosis: where the pair departs, and why
 - comparison, page, pytest_plugin: what is done with a pair, and shown
 
 The suite of a project of many checks, as this GPT's in parity_tests/, uses the parts below alone:

@@ -11,11 +11,11 @@ import torch
 from jaxgpt.parity import report
 from jaxgpt.parity.changes.base import Change
 from jaxgpt.parity.changes.catalogue import all_changes
+from jaxgpt.parity.changes.optimizers import optimizer_changes
 from jaxgpt.parity.diagnosis import Diagnosis, diagnose
 from jaxgpt.parity.harness import Row
 from jaxgpt.parity.levels import LEVELS, TOLERANCES, Levels, gradient_row, update_rows
 from jaxgpt.parity.mutants import ENOUGH
-from jaxgpt.parity.optimizer_changes import optimizer_changes
 from jaxgpt.parity.pair import Pair
 from jaxgpt.parity.sides import Sides, prepare
 from jaxgpt.parity.torch_side import prepare_torch

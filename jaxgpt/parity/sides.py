@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.parity import params
-from jaxgpt.parity.derive import Derived, derive
+from jaxgpt.parity.derive.derivation import Derived, derive
 from jaxgpt.parity.graph import Value
 from jaxgpt.parity.jax_side import JaxSide, precision_of
 from jaxgpt.parity.mapping import ElementMap, map_elements

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from jaxgpt.parity.derive import TorchTensor
+from jaxgpt.parity.derive.entries import TorchTensor
 from jaxgpt.parity.graph import Value
 from jaxgpt.parity.pair import Pair, PairError, call
 

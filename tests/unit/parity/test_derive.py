@@ -9,8 +9,9 @@ import torch
 from flax import linen, nnx
 from torch import nn
 
-from jaxgpt.parity.conversion import Path
-from jaxgpt.parity.derive import Derived, TorchTensor, derive
+from jaxgpt.parity.derive.derivation import Derived, derive
+from jaxgpt.parity.derive.entries import TorchTensor
+from jaxgpt.parity.params import Path
 
 torch.set_num_threads(1)
 Arrays = dict[Path, np.ndarray]

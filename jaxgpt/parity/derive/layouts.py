@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxgpt.parity.conversion import Flip, Reshape, Slice, Step, Transpose, simplified
+from jaxgpt.parity.derive.conversion import Flip, Reshape, Slice, Step, Transpose, simplified
 
 Shape = tuple[int, ...]
 AS_IT_IS, TRANSPOSED = "as it is", "transposed"

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from jaxgpt import strict_json
+from jaxgpt.parity.params import Path
 
-Path = tuple[str | int, ...]
 # Marks around a torch name within an expression, so that the loops of `code` can replace its numbers.
 _OPEN, _CLOSE = "\x00", "\x01"
 MAX_LINE, MAX_ENTRIES = 110, 3  # of the printed code: what stands on one line
