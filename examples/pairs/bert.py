@@ -9,8 +9,6 @@ Axes: B batch, T time (queries), S time (keys), C n_embd, H heads, D head size (
 V vocabulary.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,13 +97,18 @@ class Block(nnx.Module):
         return self.norm2(x_BTC + self.down(gelu(self.up(x_BTC))))
 
 
+def embed(n_rows, n_features, rngs):
+    table = nnx.Embed(n_rows, n_features, rngs=rngs)
+    table.dtype = None  # it would compute in the dtype that it was built with, whatever its parameters become
+    return table
+
+
 class Bert(nnx.Module):
-    def __init__(self, config, dtype, rngs):
+    def __init__(self, config, rngs):
         n_embd = config.hidden_size
-        embed = partial(nnx.Embed, features=n_embd, param_dtype=dtype, rngs=rngs)  # it computes in its first dtype
-        self.tokens = embed(config.vocab_size)
-        self.positions = embed(config.max_position_embeddings)
-        self.token_types = embed(config.type_vocab_size)
+        self.tokens = embed(config.vocab_size, n_embd, rngs)
+        self.positions = embed(config.max_position_embeddings, n_embd, rngs)
+        self.token_types = embed(config.type_vocab_size, n_embd, rngs)
         self.norm = layer_norm(n_embd, rngs)
         sizes = n_embd, config.num_attention_heads, config.intermediate_size
         self.blocks = nnx.List([Block(*sizes, rngs) for _ in range(config.num_hidden_layers)])
@@ -172,8 +175,7 @@ def to_params(state_dict):
         weight = state_dict[f"{theirs}.weight"]
         flat |= {f"{ours}.scale": weight} if "norm" in ours else {f"{ours}.kernel": weight.T}
         flat[f"{ours}.bias"] = state_dict[f"{theirs}.bias"]
-    dtype = flat["head_bias"].dtype
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Bert(config, dtype, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))))
     return nnx.merge(graphdef, nnx.map_state(lambda path, p: p.replace(flat[".".join(map(str, path))]), state))
 
 

@@ -8,6 +8,8 @@ nothing is downloaded. All sizes differ, so that no swapped axis goes unseen.
 Axes: B batch, T time, C n_embd, V vocabulary.
 """
 
+import functools
+
 import jax
 import optax
 import torch
@@ -71,9 +73,12 @@ def loss(params, batch):
 def to_params(state_dict):
     """jaxgpt's flat parameters, "blocks.0.attn.Wq.kernel" -> array, from the names and layouts of Hugging Face."""
     tensors = tutorial_names(state_dict)
-    dtype = tensors["token_emb.weight"].dtype
-    numerics = Numerics(param_dtype=dtype)
-    return from_torch(tensors, jax.eval_shape(lambda: init_params(jax.random.key(0), config, N_VOCAB, numerics)))
+    return from_torch(tensors, param_shapes(config, tensors["token_emb.weight"].dtype))
+
+
+@functools.cache
+def param_shapes(config, dtype):
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config, N_VOCAB, Numerics(param_dtype=dtype)))
 
 
 # ------------------------------------------------------------------------------------------------------------ the pair

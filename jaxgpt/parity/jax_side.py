@@ -106,10 +106,10 @@ class JaxSide:
     def _run(self, name: str, precision: str, *args: Any) -> Any:
         """A method's result, compiled; the program is kept for the precision."""
         if (name, precision) not in self._programs:
-            function = getattr(self, name)
+            function, options = getattr(self, name), None
             if precision == "float64":
-                function = jaxprs.lifted(function, *args)
-            self._programs[name, precision] = jax.jit(function)
+                function, options = jaxprs.lifted(function, *args), jaxprs.UNOPTIMIZED
+            self._programs[name, precision] = jax.jit(function, compiler_options=options)
         return self._programs[name, precision](*args)
 
     def logits(self, batch: BatchArrays, precision: str) -> np.ndarray | None:

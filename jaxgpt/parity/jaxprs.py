@@ -27,6 +27,9 @@ SCATTERS = {
     "scatter-max": jax.lax.scatter_max,
 }
 FLOAT32 = np.dtype("float32")
+# A float64 program runs a few times, so its compilation is most of its cost: without LLVM's optimizations it takes half
+# as long. Programs of other precisions are compiled as users compile them, because their rounding is compared.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 @dataclass
@@ -65,19 +68,22 @@ def float32_casts(jaxpr: Any) -> list[str]:
 
 
 def lifted(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """The function with every float32 in it in float64; the function itself if it casts nothing to float32.
+    """The function with every float32 in it in float64. It is traced once, here.
 
     Args:
         args: arguments of the shapes and dtypes that it is called with.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    if not _has_float32(closed):
-        return function
     structure = jax.tree.structure(shape)
+    has_float32 = _has_float32(closed)
 
     def in_float64(*args: Any) -> Any:
-        outs = _Evaluation(lift=True).run_closed(closed, [Known(a) for a in jax.tree.leaves(args)])
-        return jax.tree.unflatten(structure, [out.array for out in outs])
+        leaves = jax.tree.leaves(args)
+        if has_float32:
+            outs = [out.array for out in _Evaluation(lift=True).run_closed(closed, [Known(a) for a in leaves])]
+        else:
+            outs = core.jaxpr_as_fun(closed)(*leaves)
+        return jax.tree.unflatten(structure, outs)
 
     return in_float64
 
@@ -98,7 +104,7 @@ def record(function: Callable[..., Any], args: Any, names: Sequence[str | None])
         evaluation.run_closed(closed, known)
         return [value.array for value in evaluation.values]
 
-    arrays = jax.jit(all_arrays)(jax.tree.leaves(args))
+    arrays = jax.jit(all_arrays, compiler_options=UNOPTIMIZED)(jax.tree.leaves(args))
     for value, array in zip(evaluation.values, arrays, strict=True):
         value.array = np.asarray(array)
     return evaluation.values

@@ -17,7 +17,7 @@ from tests.parity_pairs.verdict import verdict_on
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity_pairs", description="Plant each fault in its pair.")
-    parser.add_argument("--docs", action="store_true", help="write docs/planted-faults.json and docs/planted-faults.md")
+    parser.add_argument("--docs", action="store_true", help="write docs/planted_faults.json and docs/planted-faults.md")
     parser.add_argument("--only", action="append", metavar="WORD", help="only faults whose name holds this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time")
     flags = parser.parse_args()

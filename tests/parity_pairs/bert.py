@@ -203,6 +203,7 @@ FAULTS = [
         converter(bert_bias_zero),
         r"bert\.encoder\.layer\.0\.attention\.output\.dense",
         "bias missing",
+        "parameters",
     ),
     bert(
         "positions from 1",

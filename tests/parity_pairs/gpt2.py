@@ -139,6 +139,7 @@ FAULTS = [
         of_each_layer("attn.c_proj.bias", np.zeros_like),
         rf"{BLOCK}\.attn\.c_proj",
         "bias missing",
+        "parameters",
     ),
     fault("two blocks swapped", tensors(layers_swapped), rf"{BLOCK}(\..*)?", "layers swapped"),
     fault("logits in bfloat16", patched({"logits": rounded_logits}), "lm_head", "rounded to bfloat16"),

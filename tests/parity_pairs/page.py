@@ -1,7 +1,7 @@
-"""docs/planted-faults.md: written from docs/planted-faults.json, which keeps the last verdict on each fault."""
+"""docs/planted-faults.md: written from docs/planted_faults.json, which keeps the last verdict on each fault."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.parity_pairs.planted import PLANTED
 from tests.parity_pairs.verdict import Verdict
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs"
-NAME = "planted-faults"
+DATA, PAGE = "planted_faults.json", "planted-faults.md"
 
 HEAD = """# Planted faults
 
@@ -30,34 +30,39 @@ python -m tests.parity_pairs --only LSTM      # the faults whose names hold a wo
 - **level**: the first that fails.
 - **cause**, **where**: the diagnosis' first finding; `*` stands for the layers' numbers.
 - **difference**: that of the level before the cause is removed, and after.
-- **right**: the level, the cause and the layer are those of the fault.
+- **verdict**: "right" if the level, the cause and the layer are those of the fault, else only "caught".
 """
 
 
 def record(verdicts: Mapping[str, Verdict]) -> None:
     """Keeps verdicts by the fault's name, and writes the page anew."""
-    path = FOLDER / f"{NAME}.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = FOLDER / DATA
+    rows = json.loads(path.read_text(encoding="utf-8"))["faults"] if path.exists() else []
+    kept = {row["name"]: row for row in rows}
     environment = report.environment(PACKAGES)
     for name, found in verdicts.items():
-        kept[name] = asdict(found) | {"environment": environment}
-    kept = {fault.name: kept[fault.name] for fault in PLANTED if fault.name in kept}
-    path.write_text(strict_json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    (FOLDER / f"{NAME}.md").write_text(page(kept), encoding="utf-8")
+        verdict = "right" if found.right else "caught" if found.caught else "not caught"
+        kept[name] = {"name": name, "verdict": verdict, **asdict(found), "environment": environment}
+    rows = [kept[fault.name] for fault in PLANTED if fault.name in kept]
+    path.write_text(strict_json.dumps({"faults": rows}, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / PAGE).write_text(page(rows), encoding="utf-8")
 
 
-def page(kept: Mapping[str, Mapping[str, Any]]) -> str:
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page of the kept verdicts."""
-    caught = sum(bool(found["level"]) for found in kept.values())
-    right = sum(found["right"] for found in kept.values())
-    environments = sorted({_versions(found["environment"]) for found in kept.values()})
-    lines = [HEAD, f"**{len(kept)} faults: {caught} caught, {right} diagnosed right.** {'; '.join(environments)}.\n"]
-    lines += ["| fault | level | cause | where | difference | right |", "|---|---|---|---|---|---|"]
-    for name, found in kept.items():
-        cause = f"{found['cause']}: {found['detail']}" if found["cause"] else "none"
-        where = ", ".join(f"`{layer}`" for layer in found["layer"].split(", ")) if found["layer"] else ""
-        difference = f"{_number(found['error'])}, {_number(found['left'])}"
-        cells = (name, found["level"] or "not caught", cause, where, difference, "yes" if found["right"] else "**no**")
+    n_caught, n_right = (sum(row["verdict"] in names for row in rows) for names in (("right", "caught"), ("right",)))
+    environments = sorted({_versions(row["environment"]) for row in rows})
+    lines = [
+        HEAD,
+        f"**{len(rows)} faults: {n_caught} caught, {n_right} diagnosed right** ({'; '.join(environments)}).\n",
+    ]
+    lines += ["| fault | level | cause | where | difference | verdict |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cause = f"{row['cause']}: {row['detail']}" if row["cause"] else "none"
+        where = ", ".join(f"`{layer}`" for layer in row["layer"].split(", ")) if row["layer"] else ""
+        difference = f"{_number(row['error'])}, {_number(row['left'])}"
+        verdict = row["verdict"] if row["verdict"] == "right" else f"**{row['verdict']}**"
+        cells = (row["name"], row["level"], cause, where, difference, verdict)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -138,7 +138,11 @@ FAULTS = [
         "batch statistics",
     ),
     fault(
-        "the stem's norm without its bias", converter(stem_norm_bias_zero), rf"{STEM}\.normalization", "bias missing"
+        "the stem's norm without its bias",
+        converter(stem_norm_bias_zero),
+        rf"{STEM}\.normalization",
+        "bias missing",
+        "parameters",
     ),
     fault(
         "the shortcuts' norm missing",
