@@ -232,7 +232,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
                 require_sound_jaxlib()
                 code = main() or 0
             except SystemExit as e:  # from --help
-                code = e.code if isinstance(e.code, int) else 0
+                code = e.code if isinstance(e.code, int) else int(e.code is not None)
             sys.stdout.flush()
     except DamagedRun as e:
         code = print_error(e, 4)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxgpt import strict_json
 from jaxgpt.cli.args import import_from_checkout, parse_flags
-from jaxgpt.errors import UserError, require_writable
+from jaxgpt.errors import UserError, first_line, require_writable
 from jaxgpt.presets import PRESETS
 from jaxgpt.runs import files
 
@@ -66,11 +66,16 @@ class ParityFlags:
             raise UserError(
                 "--docs: the page shows the whole suite, --mutants and --end-to-end; leave out what goes with it"
             )
+        files = {"--pair": Path((self.pair or "").partition(".py:")[0]), "--json": self.json, "--html": self.html}
+        taken: dict[Path, str] = {}
+        for name, path in files.items():
+            if path is not None and (other := taken.setdefault(path.resolve(), name)) != name:
+                raise UserError(f"{name} {path}: is the file of {other} as well; choose another")
         if self.html:
             require_writable("--html", self.html)
         if self.json:
             require_writable("--json", self.json)
-            if self.json.suffix == ".png":
+            if self.json.suffix == ".png" and self.pair is None:
                 raise UserError(f"--json {self.json}: the picture beside it would have the same name; end it in .json")
         if self.end_to_end is not None and self.end_to_end not in PRESETS:
             raise UserError(f"--end-to-end {self.end_to_end}: unknown preset; choose of {', '.join(PRESETS)}")
@@ -89,6 +94,10 @@ def require_torch() -> None:
     """Raises `UserError` without PyTorch."""
     if importlib.util.find_spec("torch") is None:
         raise UserError("PyTorch is not installed, so there is nothing to compare with; pip install torch, or make env")
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as e:
+        raise UserError(f"PyTorch cannot be imported ({first_line(e)}); install it anew") from None
 
 
 def compare_pair(flags: ParityFlags, argument: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jaxgpt.errors import first_line
 from jaxgpt.parity import report
 from jaxgpt.parity.changes.base import Change
 from jaxgpt.parity.changes.catalogue import all_changes
@@ -17,10 +18,12 @@ from jaxgpt.parity.harness import Row
 from jaxgpt.parity.levels import LEVELS, TOLERANCES, Levels, gradient_row, update_rows
 from jaxgpt.parity.mutants import ENOUGH
 from jaxgpt.parity.pair import Pair
+from jaxgpt.parity.params import path_name
 from jaxgpt.parity.sides import Sides, prepare
 from jaxgpt.parity.torch_side import prepare_torch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+MOST_UNDECIDED = 4  # lines
 # The mutants: for each of these causes the first place of the pair that a change of it can be made in.
 PLANTED = (
     "epsilon",
@@ -120,6 +123,11 @@ class Comparison:
             inputs = "its inputs are equal, its output is not" if where.inputs_equal else "its output is not equal"
             jax = f"; in JAX: {where.jax}" if where.jax else ""
             yield f"departs at {where.layer or 'the model'} ({where.operation}): {inputs}{jax}"
+        elif not self.diagnosis.findings:
+            if all(row.precision not in ("any", "float64") for row in self.rows if row.status == "FAILED"):
+                yield "in float64 both are equal: what differs is the rounding in the rows' precision"
+            else:
+                yield "each array of one side has its equal on the other: a single number differs, or the output alone"
         for finding in self.diagnosis.findings:
             left = "not tried" if finding.left is None else f"with it removed the difference is {finding.left:.1e}"
             jax = f" [{finding.jax}]" if finding.jax else ""
@@ -152,18 +160,22 @@ def compare(pair: Pair, mutants: bool = True, say: Callable[[str], None] = lambd
     torch.set_num_threads(1)  # small models: threads cost more than they give, and sums keep their order
     try:
         levels, rows = compare_levels(pair, say)
-        found, planted = Diagnosis(None, []), []
-        if any(row.status == "FAILED" for row in rows):
-            say("diagnosis")
-            found = diagnose(levels, rows)
-        elif mutants:
-            say("mutants")
-            planted = list(plant(levels))
+        found, planted, notes = Diagnosis(None, []), [], list(_notes(levels.sides))
+        try:
+            if any(row.status == "FAILED" for row in rows):
+                say("diagnosis")
+                found = diagnose(levels, rows)
+            elif mutants:
+                say("mutants")
+                planted = list(plant(levels))
+        except Exception as e:  # the verdict stands, whatever the models do that a record of them cannot follow
+            what = "diagnosis" if any(row.status == "FAILED" for row in rows) else "mutants"
+            notes.append(f"no {what}: {type(e).__name__}: {first_line(e)}")
     finally:
         prepare_torch(False)
         torch.set_num_threads(n_threads)
-    seconds, sides = time.perf_counter() - begun, levels.sides
-    return Comparison(pair.name or "pair", rows, found, planted, sides.converter, seconds, list(_notes(sides)))
+    seconds = time.perf_counter() - begun
+    return Comparison(pair.name or "pair", rows, found, planted, levels.sides.converter, seconds, notes)
 
 
 def compare_levels(pair: Pair, say: Callable[[str], None] = lambda line: None) -> tuple[Levels, list[Row]]:
@@ -208,7 +220,9 @@ def _model_mutant(levels: Levels, change: Change) -> PairMutant:
         return PairMutant(change.name, math.inf, "an error")
     error = abs(theirs.loss - ours.loss) / abs(ours.loss) if math.isfinite(theirs.loss) else math.inf
     rows = [TOLERANCES.row("loss", "float64", "", error)]
-    rows.append(gradient_row("", ours.grads, theirs.grads, levels.compared[0]))
+    truth = levels.torch_results["float64"][0].grads
+    if names := [name for name in levels.compared[0] if truth[name].any()]:
+        rows.append(gradient_row("", [ours.grads], [theirs.grads], names))
     return _worst(change.name, rows)
 
 
@@ -218,6 +232,16 @@ def _worst(name: str, rows: Sequence[Row]) -> PairMutant:
 
 
 def _notes(sides: Sides) -> Iterator[str]:
+    for line in sides.undecided[:MOST_UNDECIDED]:
+        yield f"the derived converter: {line}"
+    if len(sides.undecided) > MOST_UNDECIDED:
+        yield f"the derived converter: {len(sides.undecided) - MOST_UNDECIDED} more arrays have other candidates"
+    if sides.mapping.computed:
+        names = ", ".join(map(path_name, sides.mapping.computed))
+        yield (
+            f"the converter computes {names} from several elements: their gradients are compared along random "
+            "directions, their updates are not"
+        )
     if sides.torch.moved:
         names = ", ".join(sides.torch.moved[:3]) + (", ..." if len(sides.torch.moved) > 3 else "")
         yield (

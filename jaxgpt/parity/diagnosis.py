@@ -9,21 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from jaxgpt.parity.changes.base import Change, grouped
+from jaxgpt.parity.changes.base import Change, grouped, merged, pattern
 from jaxgpt.parity.changes.catalogue import all_changes
 from jaxgpt.parity.changes.gradients import gradient_changes
 from jaxgpt.parity.changes.norms import running_statistics
-from jaxgpt.parity.changes.optimizers import OptimizerChange, estimated_factor, optimizer_changes
+from jaxgpt.parity.changes.optimizers import (
+    OptimizerChange,
+    decayed_on_one_side,
+    estimated_factor,
+    optimizer_changes,
+)
 from jaxgpt.parity.graph import Value, first_departure, matches
 from jaxgpt.parity.harness import Row, rms
 from jaxgpt.parity.levels import Levels, relative, update_rows
 from jaxgpt.parity.params import path_name
-from jaxgpt.parity.torch_side import Edit
+from jaxgpt.parity.torch_side import Edit, Results
 
 REMOVED = 1e-9  # a change explains a difference if what is left is rounding
 HELPS = 0.5  # of the difference must go before a change is named at all
 UNTOLD = "none of the changes that were tried removes it"
+FIRST_OF_TWO = 12  # changes that are tried together with every other one
 MOST = 5  # findings that are worth a reader's time
 
 
@@ -106,18 +113,24 @@ def diagnose(levels: Levels, rows: Sequence[Row]) -> Diagnosis:
 
 
 class _Diagnosis:
+    """The search for a cause, on the batch that shows the difference best."""
+
     def __init__(self, levels: Levels):
         self.levels, self.sides = levels, levels.sides
-        self.batch = self.sides.batches[0]
+        self.at = levels.departing_batch()
+        self.batch = self.sides.batches[self.at]
         self.record = self.sides.torch.recorded(self.batch)
 
-    def ours(self) -> Any:
-        return self.levels.jax_results["float64"][0]
+    def ours(self) -> Results:
+        return self.levels.jax_results["float64"][self.at]
+
+    def truth(self) -> Results:
+        return self.levels.torch_results["float64"][self.at]
 
     # ----------------------------------------------------------------------------------------------- where it departs
 
     def departure(self) -> Departure | None:
-        theirs, ours = self.record.values(), self.sides.jax_values
+        theirs, ours = self.record.values(), self.sides.jax_values(self.at)
         equal = matches(theirs, ours)
         value = first_departure(theirs, set(equal))
         if value is None:
@@ -161,13 +174,13 @@ class _Diagnosis:
 
     def without_the_tie(self, name: str) -> float:
         """How far the gradients of the separate arrays, summed, are from the tied tensor's: 0 if the tie is all."""
-        return relative(self.ours().grads[name], self.sides.truth.grads[name])
+        return relative(self.ours().grads[name], self.truth().grads[name])
 
     # ------------------------------------------------------------------------------------------------ forward, loss
 
     def of_forward(self, departure: Departure | None) -> list[Finding]:
         """Each change tried on the loss, and those that remove the difference on the gradients, too."""
-        loss, before = self.ours().loss, self.sides.truth.loss
+        loss, before = self.ours().loss, self.truth().loss
         error = _difference(before, loss)
         changes = all_changes(self.record)
         tried = []
@@ -181,7 +194,7 @@ class _Diagnosis:
             findings.append((self.rank(change, departure), left, change))
         findings.sort(key=lambda item: (item[1] > REMOVED, item[0]))
         results = [
-            Finding("forward", c.cause, c.layer, c.detail, self.jax_names(c), error, left)
+            Finding("forward", c.cause, c.layer, c.detail, self.jax_names(c) or _jax(departure), error, left)
             for _, left, c in findings[:MOST]
         ]
         if results and results[0].explains:
@@ -190,19 +203,21 @@ class _Diagnosis:
 
     def rank(self, change: Change, departure: Departure | None) -> tuple[bool, int]:
         """Changes of the layer that departs come first, then those that change the least."""
-        elsewhere = departure is not None and departure.layer not in change.layer.split(", ")
+        elsewhere = departure is not None and not _is_in(departure.layer, change.layer)
         return elsewhere, len(change.edits)
 
     def of_two(self, tried: list[tuple[float, Change]], error: float, departure: Departure | None) -> list[Finding]:
         """Two faults at once: the pairs of changes, of which one is in the layer that departs first."""
         if departure is None:
-            return []
-        first = [change for _, change in tried if self.moves_on(change, departure)]
-        for one in first[:12]:
+            return [self.of_scale(error)]
+        how_far = [(self.moves_on(change, departure), -i, change) for i, (_, change) in enumerate(tried)]
+        first = [change for far, _, change in sorted(how_far, key=lambda item: item[:2], reverse=True) if far]
+        if not first:  # both may be in one operation, which then departs with either alone
+            first = [change for _, change in tried if _is_in(departure.layer, change.layer)]
+        for one in first[:FIRST_OF_TWO]:
             for _, other in tried:
-                if set(other.edits) & set(one.edits):
-                    continue
-                left = self.loss_error({**one.edits, **other.edits})
+                orders = [(one, other), (other, one)] if set(other.edits) & set(one.edits) else [(one, other)]
+                left = min(self.loss_error(merged(a.edits, b.edits)) for a, b in orders)
                 if left <= REMOVED:
                     together = "together with the other"
                     return [self.finding("forward", change, error, left, together) for change in (one, other)]
@@ -211,25 +226,53 @@ class _Diagnosis:
             left, change = min(partial, key=lambda item: item[0])
             more = "it moves the departure on, something else is left"
             return [self.finding("forward", change, error, left, more)]
+        if rounded := self.rounded():
+            detail = f"every number of it fits into {rounded}"
+            return [Finding("forward", f"rounded to {rounded}", departure.layer, detail, departure.jax, error, None)]
         return [Finding("forward", "unknown", departure.layer, UNTOLD, departure.jax, error, None)]
+
+    def of_scale(self, error: float) -> Finding:
+        """A loss that is PyTorch's times a number, where all arrays are equal."""
+        if error <= REMOVED:
+            detail = "the losses are equal: torch_logits and jax_logits give something else"
+            return Finding("forward", "unknown", "logits", detail, "", error, None)
+        both = list(zip(self.levels.jax_results["float64"], self.levels.torch_results["float64"], strict=True))
+        factor = self.ours().loss / self.truth().loss
+        left = max(abs(ours.loss - factor * truth.loss) / abs(factor * truth.loss) for ours, truth in both)
+        if left > REMOVED:
+            detail = "every array has its equal: a single number differs, or the output alone"
+            return Finding("loss", "unknown", "loss", detail, "", error, None)
+        return Finding("loss", "loss reduction", "loss", f"PyTorch's loss times {factor:.6g}", "", error, left)
+
+    def rounded(self) -> str:
+        """ "bfloat16" or "float16" if the first departing value of the JAX side holds such numbers alone; else ""."""
+        ours = self.sides.jax_values(self.at)
+        value = first_departure(ours, set(matches(ours, self.record.values())))
+        if value is None or value.array is None:
+            return ""
+        for dtype in (torch.bfloat16, torch.float16):
+            numbers = torch.from_numpy(value.array)
+            if torch.equal(numbers.to(dtype).double(), numbers):
+                return str(dtype).removeprefix("torch.")
+        return ""
 
     def finding(self, level: str, change: Change, error: float, left: float, more: str = "") -> Finding:
         detail = f"{change.detail}; {more}" if more else change.detail
         return Finding(level, change.cause, change.layer, detail, self.jax_names(change), error, left)
 
-    def moves_on(self, change: Change, departure: Departure) -> bool:
-        """Whether the first departure comes later with a change, or is gone."""
-        if departure.layer not in change.layer.split(", ") and not _inside(departure.layer, change.layer):
-            return False
+    def moves_on(self, change: Change, departure: Departure) -> float:
+        """By how many operations the first departure comes later with a change in its layer; infinite: it is gone."""
+        if not _is_in(departure.layer, change.layer) and not _inside(departure.layer, change.layer):
+            return 0
         try:
             values = self.sides.torch.recorded(self.batch, change.edits).values()
         except Exception:
-            return False
-        ours = self.sides.jax_values
+            return 0
+        ours = self.sides.jax_values(self.at)
         now = first_departure(values, set(matches(values, ours)))
         before = self.record.values()
         was = first_departure(before, set(matches(before, ours)))
-        return was is not None and (now is None or now.index > was.index)
+        return 0 if was is None else math.inf if now is None else max(0, now.index - was.index)
 
     def loss_error(self, edits: Mapping[int, Edit]) -> float:
         try:
@@ -250,12 +293,12 @@ class _Diagnosis:
 
     def of_gradients(self) -> list[Finding]:
         """Gradients stopped or scaled at each operation."""
-        ours, truth = self.ours().grads, self.sides.truth.grads
+        ours, truth = self.ours().grads, self.truth().grads
         names = self.levels.compared[0]
         error = _gradient_difference(ours, truth, names)
         factors = []
         for name in names:
-            factor = float(np.sum(ours[name] * truth[name]) / np.sum(truth[name] ** 2))
+            factor = float(np.sum(ours[name] * truth[name]) / (np.sum(truth[name] ** 2) or 1.0))
             if abs(factor - 1) > 1e-6 and rms(ours[name] - factor * truth[name]) <= 1e-9 * rms(truth[name]):
                 factors.append(float(f"{factor:.8g}"))
         factors = [f for f in dict.fromkeys([*factors, 2.0, 0.5]) if f][:4]
@@ -270,7 +313,7 @@ class _Diagnosis:
         ]
         if found:
             return found[:MOST]
-        worst = max(names, key=lambda name: relative(ours[name], truth[name]))
+        worst = max(names, key=lambda name: rms(ours[name] - truth[name]) / (rms(truth[name]) or self.levels.largest))
         jax = ", ".join(map(path_name, self.sides.mapping.paths(worst)))
         return [Finding("gradients", "unknown", worst.rpartition(".")[0], UNTOLD, jax, error, None)]
 
@@ -302,13 +345,18 @@ class _Diagnosis:
         factor = estimated_factor(ours.params[0], first, {name: state[name] for name in names})
         factors = [] if factor is None else [factor, float(f"{factor:.3g}")]
         tried: list[tuple[float, OptimizerChange | Change]] = []
-        for change in optimizer_changes(self.sides.torch, batches, truth, factors):
+        toggled = decayed_on_one_side(ours, truth, {name: state[name] for name in names})
+        for change in optimizer_changes(self.sides.torch, batches, truth, factors, toggled):
             tried.append((left_with(make_update=change.make_update), change))
         edits = list(running_statistics(self.record))
         for change in [*edits, *grouped(edits)]:
             tried.append((left_with(edits=change.edits), change))
         tried = [(left if math.isfinite(left) else math.inf, change) for left, change in tried]
         tried.sort(key=lambda item: (item[0] > 1e-7, item[0] if item[0] > 1e-7 else 0))
+        tried = list(
+            {(change.cause, change.detail, change.layer): (left, change) for left, change in tried[::-1]}.values()
+        )
+        tried.reverse()
         good = [(left, change) for left, change in tried if left <= 1e-7] or [
             (left, change) for left, change in tried[:2] if left <= HELPS * error
         ]
@@ -318,8 +366,17 @@ class _Diagnosis:
         return found or [Finding("updates", "unknown", "optimizer", UNTOLD, "", error, None)]
 
 
+def _jax(departure: Departure | None) -> str:
+    return departure.jax if departure else ""
+
+
 def _where(value: Value | None) -> str:
     return "" if value is None else f"{value.where} {value.operation}".strip()
+
+
+def _is_in(layer: str, layers: str) -> bool:
+    """Whether a layer is one of several, which may have `*` for their numbers."""
+    return bool({layer, pattern(layer)} & set(layers.split(", ")))
 
 
 def _inside(layer: str, other: str) -> bool:
@@ -334,4 +391,4 @@ def _gradient_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], nam
     """The largest relative L2 error over tensors; one that is 0 on one side counts by the largest gradient."""
     largest = max(rms(theirs[name]) for name in theirs) or 1.0
     errors = [rms(ours[n] - theirs[n]) / max(rms(theirs[n]), 1e-8 * largest) for n in names]
-    return max(errors, default=0.0)
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)

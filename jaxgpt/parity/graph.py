@@ -51,12 +51,18 @@ def matches(ours: Sequence[Value], theirs: Sequence[Value]) -> dict[int, int]:
         if value.array is None or value.array.size <= 1:
             continue
         numbers = _sorted(value.array)
-        key, scale = _key(numbers), np.sqrt(np.mean(np.square(numbers))) or 1.0
+        key, scale = _key(numbers), _scale(numbers)
         for index, other, other_key in by_size.get(numbers.size, ()):
             if np.abs(key - other_key).max() <= SAME * scale and np.abs(numbers - other).max() <= SAME * scale:
                 found[value.index] = index
                 break
     return found
+
+
+def _scale(numbers: np.ndarray) -> float:
+    """The root mean square of the numbers that no mask has made large: beside -1e30 all others would be the same."""
+    unmasked = numbers[np.abs(numbers) < 1e4]
+    return float(np.sqrt(np.mean(np.square(unmasked)))) or 1.0 if unmasked.size else 1.0
 
 
 def _key(numbers: np.ndarray) -> np.ndarray:
@@ -68,13 +74,16 @@ def first_departure(values: Sequence[Value], matched: set[int]) -> Value | None:
     """The first value that the other side does not compute, nor anything that follows from it.
 
     A value without an equal departs only if none of its descendants has one: the two programs may group their
-    operations in different ways. Values that depend on no parameter are left out for the same reason.
+    operations in different ways. Values that depend on no parameter are left out for the same reason, and those that
+    nothing takes, such as a GRU's last state beside its outputs.
     """
+    taken = {index for value in values for index in value.inputs} | {len(values) - 1}
     rejoined = set(matched)  # values with a matched descendant
     for value in reversed(values):
         if value.index in rejoined:
             rejoined.update(value.inputs)
     for value in values:
-        if value.array is not None and value.array.size > 1 and value.trained and value.index not in rejoined:
+        is_array = value.array is not None and value.array.size > 1
+        if is_array and value.trained and value.index in taken and value.index not in rejoined:
             return value
     return None

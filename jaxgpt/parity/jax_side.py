@@ -11,7 +11,7 @@ import optax
 
 from jaxgpt.parity import jaxprs
 from jaxgpt.parity.graph import Value
-from jaxgpt.parity.pair import Pair, PairError, call, raised
+from jaxgpt.parity.pair import Pair, PairError, blamed, call
 from jaxgpt.parity.params import Path, Structure, path_name
 
 BatchArrays = Mapping[str, np.ndarray]
@@ -37,7 +37,7 @@ class JaxSide:
         self.pair, self.structure, self.flat = pair, structure, dict(flat)
         self.trained = list(trained)
         self.fixed = [path for path in self.flat if path not in set(self.trained)]
-        self._programs: dict[tuple[str, str], Any] = {}
+        self._programs: dict[tuple[Any, ...], Any] = {}
 
     # Parameters travel as two lists, of the trained and the fixed ones, in the order of the paths.
 
@@ -72,13 +72,17 @@ class JaxSide:
         logits = call(self.pair, "jax_logits", self._params(trained, fixed), batch)
         if not hasattr(logits, "shape"):
             raise PairError(f"Pair jax_logits: gives {type(logits).__name__}; return one array")
+        if jnp.iscomplexobj(logits):
+            raise PairError("Pair jax_logits: gives complex numbers; return their real and imaginary parts, stacked")
         return logits
 
     def optimizer(self) -> optax.GradientTransformation:
         given = self.pair.optax_optimizer
-        if not isinstance(given, optax.GradientTransformation):
+        if not isinstance(given, optax.GradientTransformation | optax.MultiSteps):
             trained = self.structure.only(dict(zip(self.trained, self.arrays("float32")[0], strict=True)))
-            given = call(self.pair, "optax_optimizer", trained)
+            given = given(trained) if callable(given) else given
+        if isinstance(given, optax.MultiSteps):
+            given = given.gradient_transformation()
         if not isinstance(given, optax.GradientTransformation):
             raise PairError(f"Pair optax_optimizer: is {type(given).__name__}; give an optax.GradientTransformation")
         return given
@@ -90,27 +94,29 @@ class JaxSide:
             return loss, grads, trained, fixed_after, opt_state
         params = self.structure.only(dict(zip(self.trained, trained, strict=True)))
         tree = self.structure.only(dict(zip(self.trained, grads, strict=True)))
-        updates, opt_state = self.optimizer().update(tree, opt_state, params)
-        after = dict(self.structure.leaves(optax.apply_updates(params, updates)))
+        with blamed("optax_optimizer", self.pair.optax_optimizer):
+            updates, opt_state = self.optimizer().update(tree, opt_state, params)
+            after = dict(self.structure.leaves(optax.apply_updates(params, updates)))
         return loss, grads, [after[path] for path in self.trained], fixed_after, opt_state
 
     def _opt_state(self, trained: list[Any]) -> Any:
         if self.pair.optax_optimizer is None:
             return ()
         params = self.structure.only(dict(zip(self.trained, trained, strict=True)))
-        try:
+        with blamed("optax_optimizer", self.pair.optax_optimizer):
             return self.optimizer().init(params)
-        except Exception as e:
-            raise raised("optax_optimizer", e) from e
 
     def _run(self, name: str, precision: str, *args: Any) -> Any:
-        """A method's result, compiled; the program is kept for the precision."""
-        if (name, precision) not in self._programs:
-            function, options = getattr(self, name), None
-            if precision == "float64":
-                function, options = jaxprs.lifted(function, *args), jaxprs.UNOPTIMIZED
-            self._programs[name, precision] = jax.jit(function, compiler_options=options)
-        return self._programs[name, precision](*args)
+        """A method's result, compiled; the program is kept for the precision and the shapes."""
+        field = "jax_logits" if name == "_logits" else "jax_loss"
+        with blamed(field, getattr(self.pair, field)):
+            key = name, precision, *(np.shape(array) for array in jax.tree.leaves(args))
+            if key not in self._programs:
+                function, options = getattr(self, name), None
+                if precision == "float64":
+                    function, options = jaxprs.lifted(function, *args), jaxprs.UNOPTIMIZED
+                self._programs[key] = jax.jit(function, compiler_options=options)
+            return self._programs[key](*args)
 
     def logits(self, batch: BatchArrays, precision: str) -> np.ndarray | None:
         """The model's output; bfloat16 as float32. None if the pair has no function for it."""
@@ -157,7 +163,8 @@ class JaxSide:
             trained, fixed = self.arrays("float64")
             args = (trained, fixed, self.batch(batch, "float64"))
             names = [*map(path_name, self.trained), *[None] * (len(fixed) + len(batch))]
-            found = jaxprs.record(self._loss_alone, args, names)
+            with blamed("jax_loss", self.pair.jax_loss):
+                found = jaxprs.record(self._loss_alone, args, names)
         return [
             Value(i, r.operation, r.where, r.inputs, r.parameters, _floats(r.array), r.trained)
             for i, r in enumerate(found)

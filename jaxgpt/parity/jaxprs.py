@@ -27,6 +27,11 @@ SCATTERS = {
     "scatter-max": jax.lax.scatter_max,
 }
 FLOAT32 = np.dtype("float32")
+LIFTED = {FLOAT32: np.dtype("float64"), np.dtype("complex64"): np.dtype("complex128")}
+# Primitives that are bound as they are, on inputs of the dtypes that they were traced with: they hold a program of
+# their own, or a function of the host, or read an array's bits.
+AS_TRACED = {"bitcast_convert_type", "custom_linear_solve", "io_callback", "pure_callback", "reduce", "shard_map"}
+MOST_LIFTED = 65_536  # elements of a constant that are lifted one by one
 # A float64 program runs a few times, so its compilation is most of its cost: without LLVM's optimizations it takes half
 # as long. Programs of other precisions are compiled as users compile them, because their rounding is compared.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0}
@@ -52,19 +57,6 @@ class Known:
     value: int | None = None
     parameter: str | None = None
     trained: bool = False
-
-
-def float32_casts(jaxpr: Any) -> list[str]:
-    """The places of the program's casts from float64 to float32, FILE:LINE (FUNCTION) each, in order."""
-    found: list[str] = []
-    for equation in _open(jaxpr).eqns:
-        params = equation.params
-        if equation.primitive.name == "convert_element_type" and params["new_dtype"] == FLOAT32:
-            if equation.invars[0].aval.dtype == np.float64:
-                found.append(place(equation))
-        for body in _bodies(params):
-            found.extend(float32_casts(body))
-    return list(dict.fromkeys(found))
 
 
 def lifted(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -143,11 +135,15 @@ class _Evaluation:
             return self.while_loop(equation, inputs)
         if name == "cond":
             return self.cond(equation, inputs)
+        as_traced = name in AS_TRACED or "pallas" in name
         body = next((params[key] for key in CALLS if hasattr(params.get(key), "eqns")), None)
-        if body is not None and len(_open(body).invars) == len(inputs) and "pallas" not in name:
+        if body is not None and len(_open(body).invars) == len(inputs) and not as_traced:
             return self.run_closed(body, inputs)
         arrays = [known.array for known in inputs]
-        if self.lift and name != "bitcast_convert_type":
+        if self.lift and as_traced:
+            dtypes = [getattr(var.aval, "dtype", None) for var in equation.invars]
+            arrays = [_cast(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+        elif self.lift:
             arrays = [self._lift_array(array) for array in arrays]
             params = {key: _lift_dtype(value) for key, value in params.items()}
         if self.lift and name in SCATTERS:  # keeps a jaxpr of its own for two numbers, in the old dtype
@@ -157,7 +153,7 @@ class _Evaluation:
         else:
             outs = equation.primitive.bind(*arrays, **equation.primitive.get_bind_params(params))
         outs = list(outs) if equation.primitive.multiple_results else [outs]
-        return self.known(equation, inputs, outs)
+        return self.known(equation, inputs, [self._lift_array(out) for out in outs] if as_traced else outs)
 
     def known(self, equation: Any, inputs: Sequence[Known], outs: Sequence[Any]) -> list[Known]:
         """The outputs, each with what it comes from; recorded if this is a recording."""
@@ -194,6 +190,9 @@ class _Evaluation:
             options = {key: params[key] for key in ("length", "reverse", "unroll")}
             carried, stacked = jax.lax.scan(step, first, xs, **options)
             return [Known(array) for array in [*carried, *stacked]]
+        if not params["length"]:
+            empty = [jnp.zeros(var.aval.shape, _lift_dtype(var.aval.dtype)) for var in equation.outvars[n_carry:]]
+            return [*carry, *self.known(equation, inputs, empty)]
         rows: list[list[Known]] = []
         order = range(params["length"])
         for i in reversed(order) if params["reverse"] else order:
@@ -235,16 +234,44 @@ class _Evaluation:
         return self.known(equation, inputs, jax.lax.switch(arrays[0], branches, *arrays[1:]))
 
     def _lift_array(self, array: Any) -> Any:
-        """In float64 what is in float32; a constant as its shortest decimal, which is what the source says: 1e-5."""
-        if not self.lift or getattr(array, "dtype", None) != FLOAT32:
+        """In float64 what is in float32, and in complex128 what is in complex64."""
+        if not self.lift:
             return array
-        if isinstance(array, Tracer) or np.ndim(array):
-            return jax.lax.convert_element_type(array, np.float64)
-        return np.float64(str(np.float32(array)))
+        if isinstance(array, Tracer):
+            return _cast(array, _lift_dtype(array.dtype))
+        return _lift_constant(array)
+
+
+def _lift_constant(constant: Any) -> Any:
+    """A constant, whose float32 numbers become their shortest decimals, which are what the source says: 1e-5.
+
+    A float64 number that float32 holds as well was float32 before the trace: jnp.float32(0.1) becomes 0.1. Numbers of
+    few binary digits, such as 0.5 and 3, are what they are.
+    """
+    dtype = getattr(constant, "dtype", None)
+    if dtype not in (FLOAT32, np.float64) or np.size(constant) > MOST_LIFTED:
+        return _cast(constant, _lift_dtype(dtype))
+    numbers = np.asarray(constant, np.float64)
+    rounded = numbers.astype(np.float32)
+    fraction = np.frexp(rounded)[0] * 2**16
+    if dtype == np.float64 and not ((rounded == numbers) & (fraction != np.round(fraction))).any():
+        return constant
+    if dtype == np.float64 and not (rounded == numbers).all():
+        return constant  # numbers of float64
+    decimals = [
+        float(str(x)) if f != np.round(f) else float(x) for x, f in zip(rounded.flat, fraction.flat, strict=True)
+    ]
+    return np.array(decimals, np.float64).reshape(numbers.shape)[()]
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    if dtype is None or getattr(array, "dtype", dtype) == dtype:
+        return array
+    return jax.lax.convert_element_type(array, dtype)
 
 
 def _lift_dtype(value: Any) -> Any:
-    return np.dtype("float64") if isinstance(value, np.dtype) and value == FLOAT32 else value
+    return LIFTED.get(value, value) if isinstance(value, np.dtype) else value
 
 
 def _open(jaxpr: Any) -> Any:
@@ -259,11 +286,16 @@ def _bodies(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _has_float32(jaxpr: Any) -> bool:
-    """Whether any equation gives float32."""
-    return any(
-        getattr(out.aval, "dtype", None) == FLOAT32 for equation in _open(jaxpr).eqns for out in equation.outvars
-    ) or any(_has_float32(body) for equation in _open(jaxpr).eqns for body in _bodies(equation.params))
+def _has_float32(closed: Any) -> bool:
+    """Whether a program gives float32 or complex64 anywhere, or holds constants that were float32."""
+    constants = [*getattr(closed, "consts", ())]
+    for equation in _open(closed).eqns:
+        if any(getattr(out.aval, "dtype", None) in LIFTED for out in equation.outvars):
+            return True
+        constants += [var.val for var in equation.invars if isinstance(var, core.Literal)]
+        if any(_has_float32(body) for body in _bodies(equation.params)):
+            return True
+    return any(_lift_constant(constant) is not constant for constant in constants)
 
 
 def place(equation: Any) -> str:

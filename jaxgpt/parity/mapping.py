@@ -93,6 +93,7 @@ class ElementMap:
         }
 
 
+@np.errstate(all="ignore")  # the numbered elements are not the weights that a converter is made for
 def map_elements(convert: Convert, state: Mapping[str, np.ndarray], ties: Mapping[str, str]) -> ElementMap:
     """Sends numbered elements through a converter.
 
@@ -120,9 +121,9 @@ def map_elements(convert: Convert, state: Mapping[str, np.ndarray], ties: Mappin
         digits = converted((numbers // place % BASE).astype(np.float64))
         for path, digit in digits.items():
             exact = (digit - offset[path]) / np.where(scale[path] == 0, 1, scale[path])
-            whole = np.round(exact)
+            whole = np.round(np.nan_to_num(exact, nan=-1, posinf=-1, neginf=-1))
             sound[path] &= bool((np.abs(exact - whole) < 1e-3).all() and (whole >= 0).all() and (whole < BASE).all())
-            elements[path] += whole.astype(np.int64) * place
+            elements[path] += np.clip(whole, -1, BASE).astype(np.int64) * place
         place *= BASE
     values = np.concatenate([np.ravel(state[name]) for name in names]).astype(np.float64)
     computed = []

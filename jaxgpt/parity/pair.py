@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,9 @@ class Pair:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise UserError(f"Pair {name}: is no function; give a function, or leave it out")
+        for name, library, kind in (("torch_model", "torch.nn", "Module"), ("jax_params", "flax.nnx", "Module")):
+            if library in sys.modules and isinstance(getattr(self, name), getattr(sys.modules[library], kind)):
+                raise UserError(f"Pair {name}: is a model; give a function that builds it, lambda: model")
         if self.to_params is None and self.jax_params is None:
             remedy = "give to_params, or jax_params to have the converter derived"
             raise UserError(f"Pair to_params, jax_params: one of the two is needed; {remedy}")
@@ -83,8 +88,13 @@ class Pair:
             )
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise UserError(f"Pair clip {self.clip}: give a norm above 0, or None")
-        if not isinstance(self.n_updates, int) or not 1 <= self.n_updates <= 10_000:
+        is_number = isinstance(self.n_updates, int | np.integer) and not isinstance(self.n_updates, bool)
+        if not is_number or not 1 <= self.n_updates <= 10_000:
             raise UserError(f"Pair n_updates {self.n_updates}: give a whole number from 1 to 10000")
+        if not isinstance(self.train, bool):
+            raise UserError(f"Pair train {self.train!r}: give True or False")
+        if not isinstance(self.name, str) or "\n" in self.name:
+            raise UserError(f"Pair name {self.name!r}: give one line of text")
 
 
 class PairError(UserError):
@@ -94,25 +104,28 @@ class PairError(UserError):
 def call(pair: Pair, name: str, *args: Any) -> Any:
     """Calls one of the pair's functions. Raises `PairError` with the place in the user's file if it raises."""
     function = getattr(pair, name)
-    try:
+    with blamed(name, function):
         return function(*args)
+
+
+@contextmanager
+def blamed(name: str, function: Any = None) -> Iterator[None]:
+    """Raises `PairError` for what is raised inside: the field of the pair, the error, and the place in its file."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as e:
-        raise raised(name, e, function) from e
+    except (Exception, SystemExit) as e:
+        what = f"{type(e).__name__}: {first_line(e)}".removesuffix(": ")
+        raise PairError(f"Pair {name}: raises {what}{_place(e, function)}; mend it there") from e
 
 
-def raised(name: str, error: Exception, function: Any = None) -> PairError:
-    """The error of a function of the pair that raised: its kind, its message and its line."""
-    what = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
-    return PairError(f"Pair {name}: raises {what}{_place(error, function)}; mend it there")
-
-
-def _place(error: Exception, function: Any) -> str:
+def _place(error: BaseException, function: Any) -> str:
     """ " (FILE:LINE)": the last frame of the traceback in the pair's own file, or else in no installed package."""
     frames = traceback.extract_tb(error.__traceback__)
-    own_file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    own = [f for f in frames if f.filename == own_file] or [f for f in frames if is_users(f.filename)]
+    own_file = getattr(getattr(inspect.unwrap(function) if function else None, "__code__", None), "co_filename", "")
+    users = [frame for frame in frames if is_users(frame.filename)]
+    own = [frame for frame in users if frame.filename == own_file] or users
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
@@ -133,16 +146,26 @@ def draw_batches(pair: Pair, count: int, seed: int = 0) -> list[dict[str, np.nda
     batches = []
     for _ in range(count):
         batch = call(pair, "batch", rng)
-        if not isinstance(batch, Mapping) or not batch:
-            raise PairError(f"Pair batch: gives {type(batch).__name__}; return a dict of numpy arrays")
-        batch = {name: np.asarray(value) for name, value in batch.items()}
-        for name, array in batch.items():
-            if array.dtype.kind not in "biuf":
-                raise PairError(f"Pair batch: {name!r} has dtype {array.dtype}; give numbers or booleans")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise PairError(f"Pair batch: {name!r} holds a value that is not finite; give finite numbers")
-        batches.append(batch)
+        if not isinstance(batch, Mapping) or not batch or not all(isinstance(name, str) for name in batch):
+            what = type(batch).__name__ if not isinstance(batch, Mapping) else f"a dict with the keys {list(batch)}"
+            raise PairError(f"Pair batch: gives {what}; return a dict of numpy arrays by name")
+        with blamed("batch", pair.batch):
+            arrays = {name: np.asarray(value) for name, value in batch.items()}
+        batches.append({name: _as_native(name, array) for name, array in arrays.items()})
     return batches
+
+
+def _as_native(name: str, array: np.ndarray) -> np.ndarray:
+    """An array of a dtype that both frameworks know. Raises `PairError` for what one of them could not hold."""
+    if array.dtype.kind not in "biuf":
+        raise PairError(f"Pair batch: {name!r} has dtype {array.dtype}; give numbers or booleans")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise PairError(f"Pair batch: {name!r} holds a value that is not finite; give finite numbers")
+        return array.astype(np.float64)
+    if array.dtype.kind in "iu" and array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+        raise PairError(f"Pair batch: {name!r} holds integers beyond int32, JAX's default; give smaller ones")
+    return array if array.dtype.kind == "b" else array.astype(np.int64)
 
 
 def load_pair(argument: str) -> Pair:
@@ -153,7 +176,7 @@ def load_pair(argument: str) -> Pair:
     """
     file, _, wanted = argument.rpartition(":") if not Path(argument).exists() else (argument, "", "")
     file = file or argument
-    path = Path(file)
+    path = Path(file).absolute()
     if not path.is_file():
         raise UserError(f"--pair {file}: no such file; give a Python file that defines a jaxgpt.parity.Pair")
     name = f"_pair_{path.stem}"
@@ -163,7 +186,7 @@ def load_pair(argument: str) -> Pair:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     # They stay there: the pair's functions may import when they are called.
-    sys.path[:0] = [folder for folder in (str(path.resolve().parent), str(Path.cwd())) if folder not in sys.path]
+    sys.path[:0] = [folder for folder in (str(path.parent), str(Path.cwd())) if folder not in sys.path]
     try:
         spec.loader.exec_module(module)
     except UserError as e:

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import torch
 
-from jaxgpt.parity.pair import PairError
+from jaxgpt.parity.pair import PairError, blamed
 
 Path = tuple[str | int, ...]
 Flat = dict[Path, Any]
@@ -67,13 +68,16 @@ def split(params: Any, name: str) -> tuple[Structure, dict[Path, np.ndarray]]:
     Raises:
         PairError: no floating-point array in it.
     """
-    leaves, tree = _leaves(params)
+    with blamed(name):
+        leaves, tree = _leaves(params)
     flat, others = {}, {}
     for path, leaf in leaves:
         dtype = getattr(leaf, "dtype", None)
+        if isinstance(leaf, torch.Tensor):
+            raise PairError(f"Pair {name}: {path_name(path)} is a torch tensor; return numpy or JAX arrays")
         if dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating):
-            array = np.asarray(leaf)
-            flat[path] = array.astype(np.float64)
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)  # of jax.eval_shape
+            flat[path] = np.zeros(leaf.shape) if is_shape else np.asarray(leaf).astype(np.float64)
         else:
             others[path] = leaf
     if not flat:

@@ -19,8 +19,14 @@ def parity() -> Callable[..., Any]:
 
     def compare(pair: Any, mutants: bool = False) -> Any:
         from jaxgpt.parity.comparison import compare
+        from jaxgpt.parity.pair import Pair, PairError
 
-        comparison = compare(pair, mutants)
+        if not isinstance(pair, Pair):
+            pytest.fail(f"parity: got {type(pair).__name__}; give a jaxgpt.parity.Pair", pytrace=False)
+        try:
+            comparison = compare(pair, mutants)
+        except PairError as e:
+            pytest.fail(f"{pair.name or 'pair'}: {e}", pytrace=False)
         if not comparison.passed:
             pytest.fail(f"{comparison.name}: not equal\n{comparison.text()}", pytrace=False)
         return comparison

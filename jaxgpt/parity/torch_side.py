@@ -1,5 +1,6 @@
 """The PyTorch side of a pair: its model in each precision, its results, its updates, and a record of its operations."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from jaxgpt.parity.derive.entries import TorchTensor
 from jaxgpt.parity.graph import Value
-from jaxgpt.parity.pair import Pair, PairError, call
+from jaxgpt.parity.pair import Pair, PairError, blamed, call
 
 SEED = 0
 # Operations that pass their input on: another view, another type.
@@ -24,6 +25,7 @@ PASSING = {
     "t", "swapaxes", "detach", "type_as", "T", "mT", "data",
 }  # fmt: skip
 VIEWS = {"T", "mT", "data"}  # attributes that are tensors
+LIFTED = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 UNCOUNTED = {"__get__", "__set__", "__delete__", "size", "dim", "numel", "__len__", "is_floating_point", "stride"}
 
@@ -46,6 +48,7 @@ class Operation:
         module: the path of the innermost module that calls it; "" of the model itself.
         args, kwargs: as they were passed.
         inputs: the operations whose outputs it takes.
+        places: of each floating-point input the operation that gave it, and which of that one's arrays it is.
         parameters: names of the parameters and buffers that it takes.
         output: what it returned.
     """
@@ -56,6 +59,7 @@ class Operation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
     parameters: tuple[str, ...]
     output: Any
     arrays: tuple[np.ndarray, ...]
@@ -119,6 +123,7 @@ class OperationMode(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.stack: list[str] = []
         self.source: dict[int, int] = {}  # by a tensor's id: the operation that gave it
+        self.which: dict[int, int] = {}  # and which of the operation's arrays it is
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -156,12 +161,17 @@ class OperationMode(TorchFunctionMode):
             isinstance(t, torch.nn.Parameter) for t in taken
         )
         given = list(_tensors(out))
+        places = tuple((self.source[id(t)], self.which[id(t)]) for t in taken if id(t) in self.which)
         for tensor in given:
             if id(tensor) not in self.names:
                 self.source[id(tensor)] = index
-        arrays = tuple(t.detach().to(torch.float64).numpy().copy() for t in given if t.is_floating_point())
+        for i, tensor in enumerate(t for t in given if t.is_floating_point()):
+            if id(tensor) not in self.names:
+                self.which[id(tensor)] = i
+        arrays = _arrays(given)
         module = self.stack[-1] if self.stack else ""
-        self.operations.append(Operation(index, name, module, args, kwargs, inputs, parameters, out, arrays, trained))
+        operation = Operation(index, name, module, args, kwargs, inputs, places, parameters, out, arrays, trained)
+        self.operations.append(operation)
 
     @contextmanager
     def of(self, model: torch.nn.Module) -> Iterator["OperationMode"]:
@@ -195,7 +205,8 @@ class OperationMode(TorchFunctionMode):
         values: list[Value] = []
         last: dict[int, tuple[int, ...]] = {}
         for op in self.operations:
-            inputs = tuple(v for i in op.inputs for v in last.get(i, ()))
+            places = [(last[i], which) for i, which in op.places]
+            inputs = tuple(dict.fromkeys(values_of[min(which, len(values_of) - 1)] for values_of, which in places))
             indices = []
             for array in op.arrays or (None,):
                 indices.append(len(values))
@@ -309,9 +320,17 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _arrays(tensors: Sequence[torch.Tensor]) -> tuple[np.ndarray, ...]:
+    """The numbers of the floating-point tensors; nothing inside `torch.func.vmap`, where tensors hold none."""
+    try:
+        return tuple(t.detach().to(torch.float64).numpy().copy() for t in tensors if t.is_floating_point())
+    except RuntimeError:
+        return ()
+
+
 def _lifted(tree: Any) -> Any:
-    if tree is torch.float32:
-        return torch.float64
+    if isinstance(tree, torch.dtype):
+        return LIFTED.get(tree, tree)
     if type(tree) is dict:
         return {key: _lifted(value) for key, value in tree.items()}
     if type(tree) in (tuple, list):
@@ -354,14 +373,27 @@ class TorchSide:
         self.pair = pair
         model = self._built(torch.float32)
         self.parameters = [name for name, p in model.named_parameters() if p.requires_grad]
-        first: dict[int, str] = {}
+        if not self.parameters:
+            raise PairError("Pair torch_model: has no parameter that requires a gradient; there is nothing to compare")
         self.ties: dict[str, str] = {}
+        self.state: dict[str, np.ndarray] = {}
+        self.moved: list[str] = []
+        self._models: dict[str, torch.nn.Module] = {}
+        with blamed("torch_model"):
+            self._read_state(model)
+            self.tensors = self._describe(model)
+
+    def _read_state(self, model: torch.nn.Module) -> None:
+        first: dict[int, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise PairError(f"Pair torch_model: its state_dict holds {name}, no tensor; leave get_extra_state out")
+            if tensor.is_complex() and tensor.requires_grad:
+                remedy = "give its real and imaginary part, torch.view_as_real of it"
+                raise PairError(f"Pair torch_model: the parameter {name} is complex; {remedy}")
             if id(tensor) in first:
                 self.ties[name] = first[id(tensor)]
             first.setdefault(id(tensor), name)
-        self.state: dict[str, np.ndarray] = {}
-        self.moved: list[str] = []
         rng = np.random.default_rng(SEED)
         for name, tensor in model.state_dict().items():
             if name in self.ties:
@@ -376,8 +408,6 @@ class TorchSide:
                     self.moved.append(name)
                 array = array.astype(np.float64)
             self.state[name] = array
-        self.tensors = self._describe(model)
-        self._models: dict[str, torch.nn.Module] = {}
 
     @staticmethod
     def _noise(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
@@ -385,18 +415,15 @@ class TorchSide:
         return np.abs(noise) if array.flat[0] > 0 else noise  # a variance stays above 0
 
     def _built(self, dtype: torch.dtype) -> torch.nn.Module:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
+        with default_dtype(dtype), OperationMode(lift=dtype == torch.float64):
             torch.manual_seed(SEED)
-            with OperationMode(lift=dtype == torch.float64):
-                model = call(self.pair, "torch_model")
-        finally:
-            torch.set_default_dtype(before)
+            model = call(self.pair, "torch_model")
         if not isinstance(model, torch.nn.Module):
             raise PairError(f"Pair torch_model: gives {type(model).__name__}; return a torch.nn.Module")
-        model = copy.deepcopy(model).cpu()
-        return model.train(self.pair.train)
+        with contextlib.suppress(RuntimeError, TypeError):  # a copy, for a pair that returns the same model each time
+            model = copy.deepcopy(model)  # PyTorch refuses to copy one with torch.nn.utils.weight_norm
+        with blamed("torch_model"):
+            return model.cpu().train(self.pair.train)
 
     def _describe(self, model: torch.nn.Module) -> list[TorchTensor]:
         parameters = set(self.parameters)
@@ -412,17 +439,18 @@ class TorchSide:
         dtype = DTYPES[precision]
         if precision not in self._models:
             model = self._built(torch.float64 if precision == "float64" else torch.float32)
-            if precision == "bfloat16":
-                tensors = dict([*model.named_parameters(), *model.named_buffers()])
-                for name, tensor in tensors.items():  # tables that the model computes keep their digits
-                    if name in self.state and tensor.is_floating_point():
+            with blamed("torch_model"):
+                for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                    if tensor.is_complex():
+                        tensor.data = tensor.data.to(torch.complex128 if precision == "float64" else torch.complex64)
+                    # In bfloat16, tables that the model computes keep their digits.
+                    elif tensor.is_floating_point() and (precision != "bfloat16" or name in self.state):
                         tensor.data = tensor.data.to(dtype)
-            else:
-                model.to(dtype)
             self._models[precision] = model
         model = self._models[precision]
-        own = model.state_dict()
-        model.load_state_dict({name: torch.tensor(a).to(own[name].dtype) for name, a in self.state.items()})
+        with blamed("torch_model"):
+            own = model.state_dict()
+            model.load_state_dict({name: torch.tensor(a).to(own[name].dtype) for name, a in self.state.items()})
         model.zero_grad(set_to_none=True)
         return model
 
@@ -454,33 +482,44 @@ class TorchSide:
         model, tensors = self.model(precision), self.batch(batch, precision)
         output = None
         if logits and self.pair.torch_logits:
-            with torch.no_grad(), self.mode(model, precision, edits):
-                output = _array(call(self.pair, "torch_logits", model, tensors), "torch_logits")
+            with torch.no_grad(), self.mode(model, precision, edits), default_dtype(_default(precision)):
+                output = call(self.pair, "torch_logits", model, tensors)
+            output = _array(output, "torch_logits")  # outside the mode, which would lift the cast
             if self.pair.train:
                 model = self.model(precision)  # a forward pass in training mode changes the buffers
-        with torch.set_grad_enabled(grads), self.mode(model, precision, edits):
-            loss = self.loss(model, tensors)
+        with self.mode(model, precision, edits):  # with gradients in any case: a loss may take some itself
+            loss = self.loss(model, tensors, precision)
         found = {}
         if grads:
-            loss.backward()
+            if loss.requires_grad or not edits:  # an edit may have stopped every gradient
+                self.backward(loss)
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    found[name] = (torch.zeros_like(p) if p.grad is None else p.grad).numpy().copy()
+                    found[name] = (torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).numpy().copy()
         return Results(output, float(loss.detach()), found)
 
-    def loss(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = call(self.pair, "torch_loss", model, tensors)
+    def loss(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
+        with default_dtype(_default(precision)):
+            loss = call(self.pair, "torch_loss", model, tensors)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise PairError(f"Pair torch_loss: gives {what}, no scalar; return the mean or the sum")
+        if not loss.is_floating_point():
+            raise PairError(f"Pair torch_loss: gives a loss of dtype {loss.dtype}; return a float")
         return loss.reshape(())
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if not loss.requires_grad:
+            raise PairError("Pair torch_loss: does not reach a parameter; leave detach, item and no_grad out of it")
+        with blamed("torch_loss", self.pair.torch_loss):
+            loss.backward()
 
     def recorded(self, batch: Mapping[str, np.ndarray], edits: Mapping[int, Edit] | None = None) -> OperationMode:
         """The operations of the loss of one batch, in float64."""
         model, tensors = self.model("float64"), self.batch(batch, "float64")
         mode = self.mode(model, "float64", edits, recording=True)
-        with torch.no_grad(), mode.of(model):
-            self.loss(model, tensors)
+        with mode.of(model):
+            self.loss(model, tensors, "float64")
         return mode
 
     def train(
@@ -496,21 +535,36 @@ class TorchSide:
             make_update: makes an update in place of the pair's optimizer.
         """
         model = self.model(precision)
-        optimizer = call(self.pair, "torch_optimizer", model)
-        schedule = call(self.pair, "torch_schedule", optimizer) if self.pair.torch_schedule else None
+        optimizer, schedule = self.optimizer(model)
         losses, params, memory = [], [], {}
         for step, batch in enumerate(batches):
             optimizer.zero_grad(set_to_none=True)
             tensors = self.batch(batch, precision)  # outside the mode, which counts operations
             with self.mode(model, precision, edits):
-                loss = self.loss(model, tensors)
-            loss.backward()
+                loss = self.loss(model, tensors, precision)
+            self.backward(loss)
             losses.append(float(loss.detach()))
             update = Update(self.pair, model, optimizer, schedule, step, memory)
             (make_update or Update.make)(update)
             params.append({n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad})
         buffers = {n: b.numpy().copy() for n, b in model.named_buffers() if n in self.state and b.is_floating_point()}
         return Trajectory(losses, params, buffers)
+
+    def optimizer(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        """The pair's optimizer of a model, and its scheduler, None without one."""
+        optimizer = call(self.pair, "torch_optimizer", model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            what = type(optimizer).__name__
+            raise PairError(f"Pair torch_optimizer: gives {what}; return a torch.optim.Optimizer of the model")
+        own = {id(p) for p in model.parameters()}
+        if not all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise PairError("Pair torch_optimizer: holds tensors that the model has not; give it model.parameters()")
+        if self.pair.torch_schedule is None:
+            return optimizer, None
+        schedule = call(self.pair, "torch_schedule", optimizer)
+        if not callable(getattr(schedule, "step", None)):
+            raise PairError(f"Pair torch_schedule: gives {type(schedule).__name__}; return the scheduler")
+        return optimizer, schedule
 
 
 @dataclass
@@ -528,9 +582,11 @@ class Update:
         """The clip, the optimizer's step, the scheduler's."""
         if self.pair.clip is not None:
             self.clip(self.pair.clip)
-        self.optimizer.step()
+        with blamed("torch_optimizer", self.pair.torch_optimizer):
+            self.optimizer.step()
         if self.schedule is not None:
-            self.schedule.step()
+            with blamed("torch_schedule", self.pair.torch_schedule):
+                self.schedule.step()
 
     def clip(self, norm: float) -> None:
         """Scales all gradients by min(1, norm / global norm), as optax does.
@@ -546,4 +602,21 @@ class Update:
 def _array(output: Any, name: str) -> np.ndarray:
     if not isinstance(output, torch.Tensor):
         raise PairError(f"Pair {name}: gives {type(output).__name__}; return one tensor")
-    return output.detach().to(torch.float64).numpy() if output.dtype == torch.bfloat16 else output.detach().numpy()
+    if output.is_complex():
+        raise PairError(f"Pair {name}: gives complex numbers; return torch.view_as_real of them")
+    return (output.float() if output.dtype == torch.bfloat16 else output).detach().numpy()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes it the dtype of what PyTorch functions create: tables in a forward pass are float64, too, in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _default(precision: str) -> torch.dtype:
+    return torch.float64 if precision == "float64" else torch.float32

@@ -192,7 +192,7 @@ def _after_softmax(record: OperationMode, softmax: Operation) -> Operation | Non
 def _factor(op: Operation) -> float | None:
     """The number that an operation multiplies by; None if it is another operation."""
     numbers = [a for a in op.args if isinstance(a, int | float) and not isinstance(a, bool)]
-    numbers += [float(a) for a in op.args if isinstance(a, torch.Tensor) and a.ndim == 0]
+    numbers += [float(a.detach()) for a in op.args if isinstance(a, torch.Tensor) and a.ndim == 0]
     if len(numbers) != 1 or not op.trained or not numbers[0]:
         return None
     if op.name in ("mul", "mul_", "__mul__", "__rmul__"):

@@ -1,5 +1,6 @@
 """A change of the PyTorch side, and the ways to edit a call."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "mse_loss": ("input", "target", "size_average", "reduce", "reduction"),
     "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
+    "interpolate": ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
     "lstm": ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"),
     "gru": ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"),
 }  # fmt: skip
@@ -112,10 +114,31 @@ def before(form: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
     return edit
 
 
+def merged(one: Mapping[int, Edit], other: Mapping[int, Edit]) -> dict[int, Edit]:
+    """The edits of two changes at once; of an operation that both edit, the second calls the first."""
+    return {**one, **other} | {at: _chained(one[at], other[at]) for at in set(one) & set(other)}
+
+
+def _chained(first: Edit, second: Edit) -> Edit:
+    def edit(call: Call) -> Any:
+        @functools.wraps(call.function)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return first(Call(call.function, args, kwargs, call.mode))
+
+        return second(Call(function, call.args, call.kwargs, call.mode))
+
+    return edit
+
+
 def grouped(single: Sequence[Change]) -> list[Change]:
-    """The same change in all layers of a pattern, and wherever it can be made."""
+    """The same change in all layers of a pattern, in all modules of a name, and wherever it can be made."""
     found = []
-    for key in (lambda c: (c.cause, c.detail, pattern(c.layer)), lambda c: (c.cause, c.detail)):
+    keys = (
+        lambda c: (c.cause, c.detail, pattern(c.layer)),
+        lambda c: (c.cause, c.detail, last(c.layer)),
+        lambda c: (c.cause, c.detail),
+    )
+    for key in keys:
         groups: dict[Any, list[Change]] = {}
         for change in single:
             groups.setdefault(key(change), []).append(change)

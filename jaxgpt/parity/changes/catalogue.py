@@ -2,9 +2,20 @@
 
 from jaxgpt.parity.changes.attention import attention, heads, rotary
 from jaxgpt.parity.changes.base import Change, grouped
-from jaxgpt.parity.changes.functions import activation, constants, padding, rounding, sums, tables
+from jaxgpt.parity.changes.functions import (
+    activation,
+    constants,
+    joins,
+    padding,
+    pooling,
+    resizing,
+    rounding,
+    sums,
+    tables,
+)
 from jaxgpt.parity.changes.losses import losses
 from jaxgpt.parity.changes.norms import epsilon, norm_forms, norm_placement
+from jaxgpt.parity.changes.recurrent import recurrent
 from jaxgpt.parity.changes.weights import fused, swaps, weights
 from jaxgpt.parity.torch_side import OperationMode
 
@@ -16,6 +27,7 @@ FINDERS = (
     weights,
     swaps,
     fused,
+    recurrent,
     heads,
     attention,
     rotary,
@@ -23,6 +35,9 @@ FINDERS = (
     tables,
     constants,
     padding,
+    joins,
+    pooling,
+    resizing,
     losses,
     rounding,
 )

@@ -56,10 +56,6 @@ def activation(record: OperationMode) -> Iterator[Change]:
                 yield Change("activation", layer, f"{name} for {own}", {at: edit})
 
 
-def _first_argument(call: Call) -> torch.Tensor:
-    return call.args[0] if call.args else call.kwargs["input"]
-
-
 def _activation_name(op: Operation) -> str:
     if op.name == "gelu":
         return "GELU of tanh" if op.kwargs.get("approximate") == "tanh" else "GELU of erf"
@@ -115,6 +111,65 @@ def constants(record: OperationMode) -> Iterator[Change]:
                 scores = op.arrays and op.arrays[0].ndim == 4
                 cause = "attention scale" if scores else "factor missing"
                 yield Change(cause, op.module, f"no factor {factors[0]:.4g}", {op.index: edit})
+
+
+def joins(record: OperationMode) -> Iterator[Change]:
+    """Two tensors joined in the other order: sines and cosines, a skip connection, a class token at the end."""
+    for op in record.operations:
+        if op.name in ("cat", "concat") and op.args and type(op.args[0]) in (tuple, list) and len(op.args[0]) == 2:
+            edit = lambda call: call.function(call.args[0][::-1], *call.args[1:], **call.kwargs)  # noqa: E731
+            yield Change("operands swapped", op.module, "the second before the first in cat", {op.index: edit})
+
+
+def pooling(record: OperationMode) -> Iterator[Change]:
+    """One position in place of the mean over positions, another one, or the mean in its place."""
+    for op in record.operations:
+        if not op.trained or not op.arrays or len(op.args) < 1 or not isinstance(op.args[0], torch.Tensor):
+            continue
+        x, own = op.args[0], ""
+        axis = _pooled_axis(op.name, list(op.args), op.kwargs)
+        if axis is None or not x.is_floating_point() or x.ndim < 2:
+            continue
+        if op.name == "__getitem__":
+            own = "the last" if list(op.args)[1][axis] in (-1, x.shape[axis] - 1) else "the first"
+        forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "the first": lambda x, a=axis: x.select(a, 0),
+            "the last": lambda x, a=axis: x.select(a, -1),
+            "the mean": lambda x, a=axis: x.mean(a),
+            "the maximum": lambda x, a=axis: x.amax(a),
+        }
+        for text, form in forms.items():
+            if text != (own or "the mean"):
+                edit = lambda call, f=form: f(call.args[0])  # noqa: E731
+                yield Change("pooling", op.module, f"{text} position for {own or 'the mean'}", {op.index: edit})
+
+
+def _pooled_axis(name: str, args: list[Any], kwargs: dict[str, Any]) -> int | None:
+    """The axis of which `x[:, 0]` or `x.mean(1)` leaves nothing; None of another operation."""
+    if name == "mean":
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
+        kept = kwargs.get("keepdim", len(args) > 2 and args[2])
+        return axis % args[0].ndim if type(axis) is int and not kept else None
+    if name == "__getitem__" and isinstance(args[1], tuple):
+        numbers = [i for i, item in enumerate(args[1]) if type(item) is int]
+        others = [item for item in args[1] if type(item) is not int]
+        is_plain = all(isinstance(item, slice) and item == slice(None) for item in others)
+        return numbers[0] if len(numbers) == 1 and is_plain else None
+    return None
+
+
+def resizing(record: OperationMode) -> Iterator[Change]:
+    """Another interpolation between pixels."""
+    for op in record.operations:
+        if op.name == "interpolate" and op.trained:
+            a = bound(op)
+            own = a.get("mode", "nearest"), a.get("align_corners")
+            for mode, corners in (("nearest", None), ("bilinear", False), ("bilinear", True), ("bicubic", False)):
+                if (mode, corners) != own:
+                    detail = f"{mode} for {own[0]}" + (", corners aligned" if corners else "")
+                    edit = with_arguments(mode=mode, align_corners=corners)
+                    yield Change("interpolation", op.module, detail, {op.index: edit})
 
 
 def rounding(record: OperationMode) -> Iterator[Change]:

@@ -135,7 +135,7 @@ def norm_forms(record: OperationMode) -> Iterator[Change]:
 
 
 def norm_placement(record: OperationMode) -> Iterator[Change]:
-    """N(x + f(x)) becomes x + N(f(x)) or x + f(N(x)); x + f(N(x)) becomes N(x + f(x))."""
+    """N(x + f(x)) becomes x + N(f(x)) or x + f(N(x)); x + f(N(x)) becomes N(x + f(x)) or N(x) + f(N(x))."""
     adds = {op.index: op for op in record.operations if is_residual(record, op)}
     for norm in norms(record):
         if norm.input is None or norm.kind == "batch":
@@ -161,6 +161,14 @@ def norm_placement(record: OperationMode) -> Iterator[Change]:
                     add.index: lambda call, norm=norm: norm.of(call, call.original()),
                 }
                 yield Change("norm placement", norm.layer, "norm(x + f(x)) for x + f(norm(x))", edits)
+                x = [record.root_of(a) for a in add.args[:2]].index(before)
+
+                def from_norm(call: Call, x: int = x, at: int = norm.at) -> Any:
+                    args = [call.output_of(at) if i == x else a for i, a in enumerate(call.args)]
+                    return call.function(*args, **call.kwargs)
+
+                detail = "norm(x) + f(norm(x)) for x + f(norm(x))"
+                yield Change("norm placement", norm.layer, detail, {add.index: from_norm})
                 break
 
 

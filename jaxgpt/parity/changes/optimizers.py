@@ -40,7 +40,8 @@ class Recipe:
     Attributes:
         clip: "own", "none", or "each tensor".
         decay: "own", "all", "matrices", "vectors" (what has one axis), or "none"; or its size.
-        schedule: how many steps late the learning rate comes.
+        schedule: how many steps late the learning rate comes; `from_zero`: the first then is 0.
+        toggled: names of tensors that are decayed if the pair's are not, and the other way round.
     """
 
     learning_rate: float = 1.0
@@ -53,6 +54,8 @@ class Recipe:
     clip: str = "own"
     clip_norm: float | None = None
     schedule: int = 0
+    from_zero: bool = False
+    toggled: frozenset[str] = frozenset()
     momentum: float | None = None
     nesterov: bool | None = None
 
@@ -88,10 +91,15 @@ class Recipe:
                     if update.schedule is not None:
                         update.schedule.step()
             update.memory["rates"] = rates
-        return update.memory["rates"][max(0, update.step - self.schedule)]
+        rates = update.memory["rates"][max(0, update.step - self.schedule)]
+        return [0.0] * len(rates) if self.from_zero and update.step < self.schedule else rates
 
     def _decay(self, update: Update, group: dict[str, Any], parameter: torch.Tensor) -> float:
         own = float(group.get("weight_decay", 0.0))
+        if self.toggled:
+            names = {id(p): name for name, p in update.model.named_parameters()}
+            if names[id(parameter)] in self.toggled:
+                return 0.0 if own else max(float(g.get("weight_decay", 0.0)) for g in update.optimizer.param_groups)
         if self.decay == "own":
             return own
         if isinstance(self.decay, float):
@@ -141,12 +149,14 @@ def optimizer_changes(
     batches: Sequence[Mapping[str, np.ndarray]],
     truth: Trajectory,
     factors: Sequence[float] = (),
+    toggled: Sequence[str] = (),
 ) -> list[OptimizerChange]:
     """The changes of a pair's optimizer; none where it is another one than SGD and Adam.
 
     Args:
         batches: of the updates, and `truth`: what the pair's own optimizer makes of them in float64.
         factors: further factors of the learning rate to try.
+        toggled: names of tensors that only one side may decay.
     """
     pair = torch_side.pair
     model = torch_side.model("float64")
@@ -165,6 +175,7 @@ def optimizer_changes(
 
     if pair.torch_schedule is not None:
         add("schedule late", "one step late", schedule=1)
+        add("schedule late", "one step late, its first rate 0", schedule=1, from_zero=True)
         add("schedule early", "one step early", schedule=-1)
     for factor in dict.fromkeys((*FACTORS, *factors)):
         add("learning rate", f"times {factor:.4g}", learning_rate=factor)
@@ -186,6 +197,9 @@ def optimizer_changes(
         ):
             if of != "all" or len(decays) > 1:
                 add("decay mask", text, decay=of)
+        if toggled:
+            names = ", ".join(toggled[:6]) + (f" and {len(toggled) - 6} more" if len(toggled) > 6 else "")
+            add("decay mask", f"another decay of {names}", toggled=frozenset(toggled))
         add("decay missing", "no decay", decay="none")
         for decay in DECAYS[1:]:
             if decay not in decays:
@@ -215,6 +229,22 @@ def optimizer_changes(
         if own:
             add("nesterov", "the other momentum", nesterov=not group.get("nesterov", False))
     return found
+
+
+def decayed_on_one_side(ours: Trajectory, theirs: Trajectory, start: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of the tensors of which the first updates that differ do so along the tensor itself, as a decay does."""
+    for mine, truth in zip(ours.params, theirs.params, strict=True):
+        differences = {name: mine[name] - truth[name] for name in start}
+        sizes = {name: float(np.linalg.norm(difference)) for name, difference in differences.items()}
+        found = [name for name in start if sizes[name] > 1e-9 * float(np.linalg.norm(start[name]))]
+        if found:
+            return [name for name in found if _is_along(differences[name], start[name])]
+    return []
+
+
+def _is_along(difference: np.ndarray, tensor: np.ndarray) -> bool:
+    share = float(np.sum(difference * tensor)) / (float(np.sum(tensor**2)) or 1.0)
+    return float(np.linalg.norm(difference - share * tensor)) < 1e-3 * float(np.linalg.norm(difference))
 
 
 def estimated_factor(

@@ -15,7 +15,7 @@ from jaxgpt.parity.changes.base import (
     last,
     with_parameters,
 )
-from jaxgpt.parity.torch_side import Call, Edit, Operation, OperationMode
+from jaxgpt.parity.torch_side import Operation, OperationMode
 
 TRANSPOSING = ("einsum", "t", "T", "mT", "transpose", "permute", "swapaxes")  # in x @ weight.T the weight goes in here
 
@@ -32,6 +32,9 @@ def weights(record: OperationMode) -> Iterator[Change]:
                     cause = "kernel's spatial axes transposed"
                     yield _reformed(op, name, cause, "width for height", lambda w: w.transpose(-1, -2))
                     yield _reformed(op, name, "kernel flipped", "both axes flipped", lambda w: w.flip(-1, -2))
+                if op.name == "conv_transpose2d" and tensor.ndim == 4 and tensor.shape[0] == tensor.shape[1]:
+                    form = lambda w: w.transpose(0, 1).flip(-1, -2)  # noqa: E731
+                    yield _reformed(op, name, "kernel transposed", "flipped, and inputs for outputs", form)
                 if tensor.ndim == 4 and tensor.shape[0] == tensor.shape[1]:
                     yield _reformed(op, name, "kernel transposed", "inputs for outputs", lambda w: w.transpose(0, 1))
         if op.name in (*WEIGHTED, *NORMS, "add", "add_", "__add__"):
@@ -88,7 +91,7 @@ def _swap(record: OperationMode, names: list[tuple[str, str]], cause: str, layer
 
 
 def fused(record: OperationMode) -> Iterator[Change]:
-    """Parts of a fused projection in another order: queries, keys and values; the gates of an LSTM or GRU."""
+    """Queries, keys and values of a fused projection in another order."""
     for op in record.operations:
         if op.name in ("linear", "addmm") and op.parameters:
             out, width = op.arrays[0].shape[-1], record.operations[op.inputs[0]].arrays if op.inputs else ()
@@ -98,35 +101,3 @@ def fused(record: OperationMode) -> Iterator[Change]:
                         detail = "".join("qkv"[i] for i in order) + " for qkv"
                         edit = after(lambda y, o=order: torch.cat([y.chunk(3, -1)[i] for i in o], -1))
                         yield Change("weights swapped", op.module, detail, {op.index: edit})
-        if op.name in ("lstm", "gru"):
-            yield from _recurrent(op)
-
-
-def _recurrent(op: Operation) -> Iterator[Change]:
-    n_gates, letters = (4, "ifgo") if op.name == "lstm" else (3, "rzn")
-    for order in itertools.permutations(range(n_gates)):
-        if order != tuple(range(n_gates)):
-            detail = "".join(letters[i] for i in order) + f" for {letters}"
-            edit = _with_flat(lambda w, o=order, n=n_gates: torch.cat([w.chunk(n)[i] for i in o]))
-            yield Change("gate order", op.module, detail, {op.index: edit})
-    for leaf in ("bias_ih", "bias_hh"):
-        names = [name for name in op.parameters if f".{leaf}" in f".{name}"]
-        zero = {name: lambda tensors, n=name: torch.zeros_like(tensors[n]) for name in names}
-        yield Change("bias missing", op.module, f"no {leaf}", {op.index: with_parameters(zero)})
-    if op.name == "lstm":
-        names = [name for name in op.parameters if ".bias_ih" in f".{name}"]
-        plus = {name: lambda tensors, n=name: _forget_plus_one(tensors[n]) for name in names}
-        yield Change("forget bias", op.module, "1 added to the forget gate", {op.index: with_parameters(plus)})
-
-
-def _forget_plus_one(bias: torch.Tensor) -> torch.Tensor:
-    i, f, g, o = bias.chunk(4)
-    return torch.cat([i, f + 1, g, o])
-
-
-def _with_flat(form: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
-    def edit(call: Call) -> Any:
-        args = [[form(w) for w in a] if type(a) in (list, tuple) and len(a) > 2 else a for a in call.args]
-        return call.function(*args, **call.kwargs)
-
-    return edit

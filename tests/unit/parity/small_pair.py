@@ -30,13 +30,13 @@ def torch_loss(model, batch):
     return nn.functional.cross_entropy(model(batch["inputs"]).view(-1, V), batch["targets"].view(-1))
 
 
-def logits(p, idx_BT, epsilon=1e-5, inner=lambda w: w):
+def logits(p, idx_BT, epsilon=1e-5, inner=lambda w: w, approximate=False):
     x_BTC = p["embed"][idx_BT]
     centred = x_BTC - x_BTC.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + epsilon) * p["norm"]["scale"] + p["norm"]["bias"]
     hidden = normed @ inner(p["inner"]["kernel"]) + p["inner"]["bias"]
-    return (x_BTC + jax.nn.gelu(hidden, approximate=False)) @ p["head"]["kernel"] + p["head"]["bias"]
+    return (x_BTC + jax.nn.gelu(hidden, approximate=approximate)) @ p["head"]["kernel"] + p["head"]["bias"]
 
 
 def loss_with(**changes):

@@ -10,9 +10,12 @@ from torch import nn
 
 from jaxgpt.parity import Pair
 from jaxgpt.parity.changes.attention import Variant, attentions
+from jaxgpt.parity.changes.base import after, merged
 from jaxgpt.parity.changes.catalogue import all_changes
 from jaxgpt.parity.changes.norms import norms
-from jaxgpt.parity.torch_side import TorchSide
+from jaxgpt.parity.changes.optimizers import decayed_on_one_side
+from jaxgpt.parity.changes.recurrent import FORMULAS, Formula, _written_out
+from jaxgpt.parity.torch_side import TorchSide, Trajectory
 
 T, C, H = 5, 12, 3
 
@@ -179,3 +182,87 @@ def test_the_kind_of_a_written_norm_is_known():
         (norm,) = norms(side.recorded(batch))
         assert norm.kind == ("rms" if way == "rms" else "layer")
         assert causes <= {change.cause for change in all_changes(side.recorded(batch))}
+
+
+class Recurrent(nn.Module):
+    """A GRU whose states are averaged over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(C, C, 2, batch_first=True)
+
+    def forward(self, x_BTC):
+        return self.gru(x_BTC)[0].mean(1)[:, None]
+
+
+def test_a_gru_written_out_is_torchs_own_until_its_formula_changes():
+    side, batch = side_of(Recurrent)
+    record = side.recorded(batch)
+    (op,) = (op for op in record.operations if op.name == "gru")
+    edit_of = _written_out(op)
+    loss = side.results(batch, "float64").loss
+
+    def loss_with(formula):
+        return side.results(batch, "float64", {op.index: edit_of(formula)}, grads=False).loss
+
+    assert loss_with(Formula()) == pytest.approx(loss, rel=1e-12)
+    others = [loss_with(formula) for formula in FORMULAS.values()]
+    assert len({round(value, 9) for value in [loss, *others]}) == 1 + len(FORMULAS)
+
+
+def test_two_changes_of_one_operation_are_both_made():
+    side, batch = side_of(Recurrent)
+    (op,) = (op for op in side.recorded(batch).operations if op.name == "gru")
+    doubled, one_more = after(lambda out: (2 * out[0], out[1])), after(lambda out: (out[0] + 1, out[1]))
+    both = merged({op.index: doubled}, {op.index: one_more})
+    states = (2 * op.output[0] + 1).mean(1)[:, None]
+    expected = (states * torch.tensor(batch["y"])).sum().item()
+    assert side.results(batch, "float64", both, grads=False).loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_of_a_grus_two_outputs_each_use_names_its_own():
+    side, batch = side_of(Recurrent)
+    values = side.recorded(batch).values()
+    states, last_state = (value for value in values if value.operation == "gru")
+    (mean,) = (value for value in values if value.operation == "mean")
+    assert mean.inputs == (states.index,) and states.array.shape != last_state.array.shape
+
+
+class Pooled(nn.Module):
+    """A class token before the others, of which the first position is taken; a picture made larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.randn(1, 1, C)), nn.Linear(C, C)
+        self.up = nn.ConvTranspose2d(2, 2, 2, 2)
+
+    def forward(self, x_BTC):
+        joined = self.inner(torch.cat([self.token.expand(len(x_BTC), -1, -1), x_BTC], 1))
+        pixels = F.interpolate(self.up(joined[:, :4].unflatten(1, (2, 2))), scale_factor=2)
+        return joined[:, 0][:, None] + pixels.mean((1, 2, 3))[:, None, None]
+
+
+def test_what_is_joined_pooled_and_resized_is_changed():
+    side, batch = side_of(Pooled)
+    loss = side.results(batch, "float64").loss
+    found = losses_of(side, batch, ("operands swapped", "pooling", "interpolation", "kernel transposed"))
+    expected = {
+        "operands swapped: the second before the first in cat in the model",
+        "pooling: the mean position for the first in the model",
+        "pooling: the last position for the first in the model",
+        "interpolation: bilinear for nearest, corners aligned in the model",
+        "kernel transposed: flipped, and inputs for outputs in up",
+    }
+    assert expected <= set(found)
+    for name in expected:
+        assert found[name] != pytest.approx(loss, rel=1e-6), name
+
+
+def test_a_decay_of_some_tensors_is_seen_in_the_first_updates_that_differ():
+    rng = np.random.default_rng(0)
+    start = {name: rng.standard_normal((3, 4)) for name in ("decayed", "same", "other")}
+    theirs = [{name: p + 0.1 for name, p in start.items()} for _ in range(2)]
+    ours = [dict(theirs[0]), {**theirs[1], "decayed": theirs[1]["decayed"] - 0.01 * start["decayed"]}]
+    ours[1]["other"] = theirs[1]["other"] + 1e-3 * rng.standard_normal((3, 4))
+    both = (Trajectory([], params, {}) for params in (ours, theirs))
+    assert decayed_on_one_side(*both, start) == ["decayed"]

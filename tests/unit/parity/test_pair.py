@@ -6,8 +6,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
+import torch.nn.functional as F
 from unit.parity import small_pair
 from unit.parity.small_pair import PAIR, changed, loss_with, optimizer, to_params, without_extras
 
@@ -40,6 +42,7 @@ FAULTS = {
         "kernel transposed",
         "inner",
     ),
+    "two at once": (changed(jax_loss=loss_with(epsilon=1e-3, approximate=True)), "epsilon", "norm"),
     "stopped": (changed(jax_loss=loss_with(inner=jax.lax.stop_gradient)), "stop gradient", "inner"),
     "learning rate": (changed(optax_optimizer=optimizer(1.01e-3)), "learning rate", "optimizer"),
 }
@@ -82,6 +85,28 @@ def never_finite(p, batch):
     return jnp.log(-jnp.square(p["head"]["bias"][0]))
 
 
+class Complex(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def leaves_the_process(*args):
+    raise SystemExit(0)
+
+
+def of_chance(state):
+    return {**to_params(state), "embed": np.random.default_rng().random(state["embed.weight"].shape)}
+
+
+def as_torch(state):
+    return {**to_params(state), "embed": torch.tensor(state["embed.weight"])}
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 WRONG = {
     "loss of a vector": ({"torch_loss": lambda m, b: m(b["inputs"]).mean((0, 1))}, "torch_loss: gives a tensor"),
     "loss of JAX, a vector": ({"jax_loss": lambda p, b: p["head"]["bias"]}, "jax_loss: gives an array of shape (11,)"),
@@ -94,6 +119,29 @@ WRONG = {
     "no model": ({"torch_model": lambda: 3}, "torch_model: gives int"),
     "no parameters": ({"to_params": lambda s: {"a": 1}}, "to_params: gives dict without an array"),
     "an array too few": ({"jax_params": lambda: {**to_params(random_state()), "z": np.zeros(2)}}, "to_params: lacks z"),
+    "a loss that exits": ({"torch_loss": leaves_the_process}, "torch_loss: raises SystemExit"),
+    "a loss of JAX that exits": ({"jax_loss": leaves_the_process}, "jax_loss: raises SystemExit"),
+    "a loss of 0": ({"torch_loss": lambda m, b: 0 * m(b["inputs"]).mean()}, "torch_loss: is 0 on every batch"),
+    "a detached loss": ({"torch_loss": lambda m, b: m(b["inputs"]).mean().detach()}, "does not reach a parameter"),
+    "an integer loss": ({"torch_loss": lambda m, b: m(b["inputs"]).mean().int()}, "gives a loss of dtype torch.int32"),
+    "dropout on": ({"torch_loss": lambda m, b: F.dropout(m(b["inputs"])).std()}, "another value on each call"),
+    "a complex parameter": ({"torch_model": Complex}, "the parameter weight is complex"),
+    "a converter of chance": ({"to_params": of_chance}, "gives embed other values on each call"),
+    "torch tensors": ({"to_params": as_torch}, "embed is a torch tensor"),
+    "large integers": ({"batch": lambda rng: {"x": np.array([2**40])}}, "'x' holds integers beyond int32"),
+    "numbers for names": ({"batch": lambda rng: {0: np.ones(3)}}, "a dict with the keys [0]"),
+    "a scheduler that is not returned": (
+        {"torch_optimizer": sgd, "optax_optimizer": optax.sgd(0.1), "torch_schedule": lambda optimizer: None},
+        "torch_schedule: gives NoneType",
+    ),
+    "the optimizer of another model": (
+        {"torch_optimizer": lambda m: sgd(small_pair.TorchModel()), "optax_optimizer": optax.sgd(0.1)},
+        "torch_optimizer: holds tensors that the model has not",
+    ),
+    "an optax optimizer that raises": (
+        {"torch_optimizer": sgd, "optax_optimizer": optax.lbfgs()},
+        "optax_optimizer: raises TypeError",
+    ),
     "parameters of elsewhere": ({"to_params": lambda s: {"a": np.zeros(3)}}, "no array holds a PyTorch parameter"),
 }  # fmt: skip
 
@@ -106,6 +154,102 @@ def test_a_wrong_pair_is_one_line_with_a_remedy(name):
     assert message in str(error.value) and ";" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_tensor_that_the_first_batch_does_not_use_is_compared_on_another():
+    """As an expert of a mixture may be: `scale` is used where the first input is odd."""
+
+    class Gated(small_pair.TorchModel):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor([0.7]))
+
+        def forward(self, idx_BT):
+            return super().forward(idx_BT) * (self.scale if idx_BT[0, 0] % 2 else 1.0)
+
+    def loss(p, batch, form=lambda scale: scale):
+        idx_BT = batch["inputs"]
+        logits_BTV = small_pair.logits(p, idx_BT) * jnp.where(idx_BT[0, 0] % 2, form(p["scale"]), 1.0)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"]).mean()
+
+    def batches(rng):
+        return {**small_pair.batch(rng), "inputs": np.full((3, 5), rng.integers(1, 5) * 2 % 11) + next(odd)}
+
+    pair = without_extras(
+        torch_model=Gated, to_params=lambda s: {**to_params(s), "scale": s["scale"]}, jax_loss=loss, batch=batches
+    )
+    odd = iter([0, 1] * 99)
+    assert compare(pair, mutants=False).passed
+    comparison = compare(replace(pair, jax_loss=lambda p, b: loss(p, b, jax.lax.stop_gradient)), mutants=False)
+    assert comparison.diagnosis.findings[0].cause == "stop gradient"
+
+
+def test_arrays_that_the_converter_computes_are_compared_along_directions():
+    """One bias for the sum of two, as Flax's LSTM has for PyTorch's."""
+
+    class TwoBiases(small_pair.TorchModel):
+        def __init__(self):
+            super().__init__()
+            self.second = torch.nn.Parameter(torch.randn(small_pair.V))
+
+        def forward(self, idx_BT):
+            return super().forward(idx_BT) + self.second
+
+    def convert(state):
+        params = to_params(state)
+        return {**params, "head": {**params["head"], "bias": state["head.bias"] + state["second"]}}
+
+    def stopped(p, batch):
+        head = {**p["head"], "bias": jax.lax.stop_gradient(p["head"]["bias"])}
+        return loss_with()({**p, "head": head}, batch)
+
+    pair = without_extras(torch_model=TwoBiases, to_params=convert)
+    comparison = compare(pair, mutants=False)
+    assert comparison.passed and "computes head.bias from several" in comparison.text()
+    failed = [
+        row.check for row in compare(replace(pair, jax_loss=stopped), mutants=False).rows if row.status == "FAILED"
+    ]
+    assert failed == ["gradients of computed arrays"]
+
+
+def test_constants_of_the_forward_pass_are_float64_in_float64():
+    """torch.tensor(0.1) and jnp.float32(0.1) would differ from 0.1 by their rounding."""
+    pair = without_extras(
+        torch_loss=lambda m, b: small_pair.torch_loss(m, b) * torch.tensor(0.1) + torch.linspace(0.1, 0.3, 4)[1],
+        jax_loss=lambda p, b: loss_with()(p, b) * jnp.float32(0.1) + jnp.linspace(0.1, 0.3, 4)[1],
+    )
+    assert compare(pair, mutants=False).passed
+
+
+def test_optax_adam_with_its_own_rounding_is_equal():
+    """Its bias correction in float32 loses digits at beta2 0.999, which PyTorch's does not."""
+    pair = changed(
+        torch_logits=None,
+        jax_logits=None,
+        torch_optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-2),
+        optax_optimizer=optax.adam(1e-2),
+        clip=None,
+        n_updates=8,
+    )
+    assert compare(pair, mutants=False).passed
+
+
+def test_a_verdict_stands_where_no_record_can_be_made(monkeypatch):
+    def raises(*args):
+        raise RuntimeError("no storage")
+
+    monkeypatch.setattr("jaxgpt.parity.torch_side.TorchSide.recorded", raises)
+    comparison = compare(without_extras())
+    assert comparison.passed and "no mutants: RuntimeError: no storage" in comparison.text()
+
+
+def test_the_files_of_a_comparison_are_different(tmp_path, capsys):
+    file = tmp_path / "pair.py"
+    file.write_text("")
+    for flags in (["--json", str(file)], ["--json", str(tmp_path / "a"), "--html", str(tmp_path / "a")]):
+        assert main.run(["parity", "--pair", str(file), *flags]) == 2
+        assert "as well; choose another" in capsys.readouterr().err
+    assert file.read_text() == ""
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -115,6 +259,9 @@ def test_a_wrong_pair_is_one_line_with_a_remedy(name):
         {"clip": -1.0},
         {"n_updates": 0},
         {"batch": 3},
+        {"torch_model": small_pair.TorchModel()},
+        {"name": "two\nlines"},
+        {"train": "yes"},
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(fields):
