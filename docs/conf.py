@@ -38,7 +38,7 @@ napoleon_use_rtype = False
 # Only references into jaxgpt are checked: the build needs no network, so other projects' inventories are not read.
 # Private base classes and type variables appear in signatures and have no page.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!jaxgpt\b).*"), ("py:.*", r"jaxgpt\..*\.(_\w+|Flags|Value)")]
+nitpick_ignore_regex = [("py:.*", r"(?!jaxgpt\b).*"), ("py:.*", r"jaxgpt\..*\.(_\w+|Flags|Value|Entry)")]
 
 _CODE = re.compile(r"(``?[^`]+``?)")
 

@@ -50,6 +50,8 @@ NOT_RUN = {
     ("docs/interop.md", "jaxgpt train --init-from openai-community/gpt2 --dataset file:my.txt --steps 1000 --lr 3e-5"),
     ("docs/interop.md", "jaxgpt convert export RUN --to nanogpt --out out/ckpt.pt"),
     ("docs/parity.md", "python scripts/parity.py"),
+    ("README.md", 'pip install -e ".[parity]"'),
+    ("docs/planted-faults.md", "python -m tests.parity_pairs"),
     ("docs/porting.md", "pip install torch transformers"),
     ("docs/quick-start.md", "make env"),
     ("docs/quick-start.md", "python -m venv .venv && source .venv/bin/activate"),

@@ -1,8 +1,9 @@
-"""Every figure that a page quotes stands in docs/parity.json or docs/benchmarks.json, where a comment beside it says.
+"""Every figure that a page quotes stands in a JSON file of docs/, where a comment beside it says.
 
 The comment follows the figure, or its unit: `<!-- FILE / key / ... / key : REDUCER FORMAT -->`. A key may hold `*`,
-which matches any characters; `name = value & name = value` picks rows of a list. REDUCER is `only` (of equal values),
-`max`, `gap` (the largest difference of "ours" and "torch"), `count`, or `caught` (of the mutants' lines).
+which matches any characters; `name = value & name = value` picks rows of a list, `*` takes them all. REDUCER is `only`
+(of equal values), `max`, `gap` (the largest difference of "ours" and "torch"), `count`, or `caught` (of the mutants'
+lines).
 """
 
 import json
@@ -18,7 +19,7 @@ FIGURE = re.compile(r"(\d[\d.,e+-]*(?: of \d+)?)(?: [A-Za-z%]+)?\s*<!-- (\w+\.js
 
 
 def figures(page: str) -> list[tuple[str, ...]]:
-    """(figure, file, path, reducer, format) of every comment that names one of the two files."""
+    """(figure, file, path, reducer, format) of every comment that names a file."""
     text = read(page)
     found = FIGURE.findall(text)
     assert len(found) == len(re.findall(r"<!-- \w+\.json", text)), f"{page}: a comment without a figure before it"
@@ -33,6 +34,9 @@ def values_at(value: Any, path: list[str]) -> Iterator[Any]:
         for key in value:
             if fnmatchcase(key, path[0]):
                 yield from values_at(value[key], path[1:])
+    elif path[0] == "*":
+        for row in value:
+            yield from values_at(row, path[1:])
     elif "=" in path[0]:
         wanted = [condition.split(" = ") for condition in path[0].split(" & ")]
         for row in value:
