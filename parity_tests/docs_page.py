@@ -68,6 +68,9 @@ dispatch.
 - **Weight decay.** PyTorch multiplies weights by 1 - lr * decay, which it rounds once. After a thousand steps its
   float64 weights are 3e-14 away from AdamW's formula in 80-bit arithmetic, ours 3e-15. That row has a wider
   tolerance, and the 80-bit formula has a row of its own.
+- **Matrix products.** On a CPU without AVX-512, XLA sums a product over fewer partial sums than PyTorch's library:
+  alone, `x @ w.T` over 256 values has R 1.4, over 1,024 values R 2.4 (AMD EPYC with AVX2). The preset `wikitext2`, with
+  an MLP of 1,024, has R 1.4 to 1.5 for its logits with AVX-512 and 1.6 to 1.7 without.
 - **Key biases** have a true gradient of 0: softmax does not change when all scores of a query shift. The computed
   values are rounding errors, which Adam turns into steps. Their gradient has a row of its own, against 0, and float32
   comparisons of weights leave key biases out.

@@ -10,6 +10,7 @@ from jaxgpt.parity.tolerances import NOTHING_MAY_RAISE, RAISED, Tolerance, Toler
 
 _SUMS_64 = "sums of at most a few hundred terms, each rounded by 1e-16"
 _R_VALUES = "as exact as PyTorch: half as much again for another order of summation"
+_R_PRODUCTS = "a product over 1024 values is R 2.4 by itself: without AVX-512 XLA's on a CPU has half the partial sums"
 _R_GRADIENTS = "XLA's CPU sums run straight through the rows where PyTorch's cascade, so single biases lose more"
 _COUNT = "equal is equal"
 _Z = "five standard errors: one in a million by chance, and the seeds are fixed"
@@ -32,7 +33,7 @@ _TABLE: dict[tuple[str, str], Tolerance] = {
     ("block", "float64"): Tolerance(1e-12, 5.4e-15, "largest difference; values of order 10, " + _SUMS_64),
     ("block", "float32"): Tolerance(1.5, 0.77, _R_VALUES),
     ("logits", "float64"): Tolerance(1e-12, 1.1e-14, "largest difference; values of order 10, " + _SUMS_64),
-    ("logits", "float32"): Tolerance(1.5, 1.1, _R_VALUES),
+    ("logits", "float32"): Tolerance(2.0, 1.7, _R_PRODUCTS),
     ("loss", "float64"): Tolerance(1e-13, 4.5e-16, "a mean of tokens, each rounded by 1e-16"),
     ("loss", "float32"): Tolerance(
         5e-7, 1.9e-07, "one sum of some hundred tokens and one division: eight roundings of 6e-8"
