@@ -1,6 +1,7 @@
 """Hold this machine's JAX side against PyTorch, check by check: python scripts/parity.py"""
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ class ParityFlags:
         files = {"--pair": Path((self.pair or "").partition(".py:")[0]), "--json": self.json, "--html": self.html}
         taken: dict[Path, str] = {}
         for name, path in files.items():
-            if path is not None and (other := taken.setdefault(path.resolve(), name)) != name:
+            # realpath, unlike resolve, raises nothing for a loop of links, which require_writable tells of.
+            if path is not None and (other := taken.setdefault(Path(os.path.realpath(path)), name)) != name:
                 raise UserError(f"{name} {path}: is the file of {other} as well; choose another")
         if self.html:
             require_writable("--html", self.html)
