@@ -48,16 +48,7 @@ def test_the_fixture_fails_a_test_with_the_diagnosis(tmp_path):
         "def test_equal(parity):\n    assert parity(PAIR).passed\n"
         "def test_epsilon(parity):\n    parity(changed(jax_loss=loss_with(epsilon=1e-6)))\n"
     )
-    line = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "jaxgpt.parity.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-        "test_port.py",
-    ]
+    line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_port.py"]  # the plugin is found by itself
     tests = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         line, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": ""}
