@@ -56,15 +56,15 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         HEAD,
         f"**{len(rows)} faults: {n_caught} caught, {n_right} diagnosed right** ({'; '.join(environments)}).\n",
     ]
-    lines += ["| fault | level | cause | where | difference | verdict |", "|---|---|---|---|---|---|"]
+    cells = []
     for row in rows:
         cause = f"{row['cause']}: {row['detail']}" if row["cause"] else "none"
         where = ", ".join(f"`{layer}`" for layer in row["layer"].split(", ")) if row["layer"] else ""
         difference = f"{_number(row['error'])}, {_number(row['left'])}"
         verdict = row["verdict"] if row["verdict"] == "right" else f"**{row['verdict']}**"
-        cells = (row["name"], row["level"], cause, where, difference, verdict)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        cells.append((row["name"], row["level"], cause, where, difference, verdict))
+    columns = ("fault", "level", "cause", "where", "difference", "verdict")
+    return "\n".join([*lines, report.markdown(cells, columns)]) + "\n"
 
 
 def _number(value: float | None) -> str:

@@ -126,7 +126,7 @@ def pooling(record: OperationMode) -> Iterator[Change]:
     for op in record.operations:
         if not op.trained or not op.arrays or len(op.args) < 1 or not isinstance(op.args[0], torch.Tensor):
             continue
-        x, own = op.args[0], ""
+        x, own = op.args[0], "the mean"
         axis = _pooled_axis(op.name, list(op.args), op.kwargs)
         if axis is None or not x.is_floating_point() or x.ndim < 2:
             continue
@@ -139,9 +139,9 @@ def pooling(record: OperationMode) -> Iterator[Change]:
             "the maximum": lambda x, a=axis: x.amax(a),
         }
         for text, form in forms.items():
-            if text != (own or "the mean"):
+            if text != own:
                 edit = lambda call, f=form: f(call.args[0])  # noqa: E731
-                yield Change("pooling", op.module, f"{text} position for {own or 'the mean'}", {op.index: edit})
+                yield Change("pooling", op.module, f"{text} position for {own}", {op.index: edit})
 
 
 def _pooled_axis(name: str, args: list[Any], kwargs: dict[str, Any]) -> int | None:
